@@ -1,0 +1,202 @@
+"""Explain every training image with LIME, in shards, and keep what is done.
+
+Writes RUN/plan.json once, then RUN/shards/*.h5 with a manifest each. Running the same command again does only the
+shards that are missing or damaged. The stored values depend on configuration, weights and data, never on the number
+of shards or workers.
+"""
+
+import argparse
+import os
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hpcguard.attribution import explain_batch, true_and_runner_up
+from hpcguard.cluster.devices import pick_device
+from hpcguard.cluster.local import Report, run_local
+from hpcguard.cluster.plan import Plan, agree_on_plan, make_plan, read_plan
+from hpcguard.config import Config, load_config
+from hpcguard.data import ImageSet, load_images
+from hpcguard.models import load_model
+from hpcguard.progress import progress, say
+from hpcguard.runs import RunFolder, digest_file
+from hpcguard.store import ShardWriter, rows_from, shard_problem
+
+EXAMPLE = (
+    "python -m hpcguard.attribute configs/quickstart.yaml --dry-run",
+    "python -m hpcguard.attribute configs/quickstart.yaml cluster.workers=2",
+)
+SECTIONS = ("data", "model", "attribution", "cluster")
+SAMPLE_IMAGES = 2  # explained to estimate the cost
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print plan, shards and an estimate of the cost; start nothing"
+    )
+
+
+def run(config: Config, arguments: argparse.Namespace) -> int:
+    images = load_images(config.data, "train")
+    folder = RunFolder(config.run)
+    if arguments.dry_run:
+        return _dry_run(config, images, folder)
+    weights = folder.explained_weights(config)
+    identity = _identity(config, images, weights)
+    load_model(config.model, len(images.classes), images.shape[0], weights)  # a mismatch is refused before work starts
+    folder.create()
+    plan = agree_on_plan(folder.plan, make_plan(images.ids, config.attribution.unit, config.cluster.shards, identity))
+    if plan.num_shards != config.cluster.shards:
+        say(f"plan: {plan.num_shards} shards, as first planned (cluster.shards = {config.cluster.shards} is not used)")
+    folder.record_config(
+        config, data_sha256=identity["data"]["sha256"], weights_sha256=identity["model"]["weights_sha256"]
+    )
+    problems = {index: _problem(folder, plan, images, index) for index in range(plan.num_shards)}
+    todo = [index for index, problem in problems.items() if problem]
+    _say_what_remains(problems, plan, folder)
+    if not todo:
+        return 0
+    return _run_shards(config, folder, plan, images, todo)
+
+
+def _identity(config: Config, images: ImageSet, weights: Path) -> dict[str, Any]:
+    """Everything that the stored values depend on."""
+    return {
+        "data": {**config.data.model_dump(mode="json", exclude={"root"}), "sha256": images.digest()},
+        "model": {
+            **config.model.model_dump(mode="json", exclude={"weights"}),
+            "weights_sha256": digest_file(weights),
+        },
+        "attribution": config.attribution.model_dump(mode="json"),
+    }
+
+
+def _problem(folder: RunFolder, plan: Plan, images: ImageSet, index: int) -> str | None:
+    ids = plan.shard_ids(index, images.ids)
+    return shard_problem(folder.shard(index), folder.manifest(index), ids, plan.fingerprint)
+
+
+def _say_what_remains(problems: dict[int, str | None], plan: Plan, folder: RunFolder) -> None:
+    todo = {index: problem for index, problem in problems.items() if problem}
+    done = plan.num_shards - len(todo)
+    if not todo:
+        say(
+            f"attribute: all {plan.num_shards} shards ({plan.num_images} images) are done and verified: {folder.shards}"
+        )
+        return
+    say(f"attribute: {plan.num_images} images in {plan.num_shards} shards; {done} done, {len(todo)} to do")
+    for index, problem in todo.items():
+        if problem != "missing":
+            say(f"  shard {index:05d}: {problem}; doing it again")
+
+
+def _run_shards(config: Config, folder: RunFolder, plan: Plan, images: ImageSet, todo: list[int]) -> int:
+    units = {index: len(plan.units(index, images.ids)) for index in todo}
+    reported = dict.fromkeys(todo, 0)
+    started = time.monotonic()
+    with progress("attribute", sum(units.values()), "units") as meter:
+
+        def on_progress(index: int, amount: int) -> None:
+            # Zero: the worker died and the shard starts again, so that what it had reported no longer counts.
+            meter.advance(amount or -reported[index])
+            reported[index] = reported[index] + amount if amount else 0
+
+        def on_end(index: int, problem: str | None) -> None:
+            if problem:
+                (folder.logs / f"shard_{index:05d}.log").write_text(problem)
+            meter.note(f"shard {index:05d} {'FAILED' if problem else 'done'}")
+
+        outcome = run_local(
+            partial(attribute_shard, folder.path.resolve()), todo, config.cluster.workers, config.cluster.threads,
+            config.cluster.attempts, on_progress, on_end,
+        )  # fmt: skip
+    rate = len(images) / (time.monotonic() - started)
+    say(f"attribute: {len(outcome.done)} of {len(todo)} shards done in {time.monotonic() - started:.1f} s")
+    for index, problem in sorted(outcome.failed.items()):
+        say(
+            f"  shard {index:05d} FAILED: {problem.strip().splitlines()[-1]} (log: {folder.logs}/shard_{index:05d}.log)"
+        )
+    if outcome.failed:
+        say("  the same command tries the failed shards again")
+    elif len(todo) == plan.num_shards:
+        say(f"  {rate:.1f} images a second with {config.cluster.workers} workers")
+    return 1 if outcome.failed else 0
+
+
+def attribute_shard(run: Path, index: int, slot: int, report: Report) -> None:
+    """Explain one shard of a planned run and publish it; `slot` chooses the GPU where there are several."""
+    config, folder = load_config(run), RunFolder(run)
+    plan = read_plan(folder.plan)
+    images = load_images(config.data, "train")
+    device = pick_device(config.device, slot)
+    predict = probabilities(config, images, folder.explained_weights(config), device)
+    dtype = (
+        "u1" if config.attribution.segmentation in ("slic", "grid") and config.attribution.num_segments <= 128 else "u2"
+    )
+    writer = ShardWriter(folder.shard(index), folder.manifest(index), plan.fingerprint, dtype)
+    for ids in plan.units(index, images.ids):
+        writer.append(explain_unit(predict, images, ids, config, device))
+        report(1)
+    writer.publish(plan.shard_ids(index, images.ids), shard=index, pid=os.getpid())
+
+
+def probabilities(config: Config, images: ImageSet, weights: Path | None, device: torch.device) -> Any:
+    """The model as a function from images in [0, 1] to probabilities."""
+    model = load_model(config.model, len(images.classes), images.shape[0], weights, device)
+    return lambda batch: model(batch).softmax(1)
+
+
+def explain_unit(
+    predict: Any, images: ImageSet, ids: np.ndarray, config: Config, device: torch.device
+) -> dict[str, np.ndarray]:
+    """Store rows of one unit: the true label and the strongest wrong one explained."""
+    pixels = torch.from_numpy(images.images(ids)).to(device)
+    labels = torch.from_numpy(images.labels_of(ids)).to(device)
+    with torch.inference_mode():
+        targets = true_and_runner_up(predict(pixels), labels)
+    explained = explain_batch(predict, pixels, ids, config.attribution, targets.cpu().numpy())
+    return rows_from(explained, images.labels_of(ids))
+
+
+def _dry_run(config: Config, images: ImageSet, folder: RunFolder) -> int:
+    plan = make_plan(images.ids, config.attribution.unit, config.cluster.shards, {})
+    say(f"run folder   {folder.path}{' (exists)' if folder.path.exists() else ''}")
+    say(f"images       {len(images)} of {images.name}, {'x'.join(map(str, images.shape))}")
+    say(f"plan         {plan.num_shards} shards of at most {max(np.diff(plan.bounds))} images, units of {plan.unit}")
+    for index in range(min(plan.num_shards, 8)):
+        ids = plan.shard_ids(index, images.ids)
+        say(f"  shard {index:05d}  {len(ids)} images, ids {ids[0]} to {ids[-1]}")
+    if plan.num_shards > 8:
+        say(f"  ... and {plan.num_shards - 8} more")
+    seconds, segments = _measure(config, images)
+    workers = min(config.cluster.workers, plan.num_shards)
+    rows = len(images) * config.attribution.num_samples
+    say(f"sample       {SAMPLE_IMAGES} images: {segments:.0f} segments, {seconds:.3f} s an image on one worker")
+    say(f"cost         {rows:,} model rows; {seconds * len(images) / 3600:.3f} worker-hours, about "
+        f"{seconds * len(images) / workers:.0f} s with {workers} workers")  # fmt: skip
+    say("dry run: nothing was started or written")
+    return 0
+
+
+def _measure(config: Config, images: ImageSet) -> tuple[float, float]:
+    """Seconds an image and segments an image, from a few images; the time does not depend on the weights."""
+    torch.set_num_threads(config.cluster.threads)
+    device = pick_device(config.device, 0)
+    predict = probabilities(config, images, None, device)
+    ids = images.ids[:: max(1, len(images) // SAMPLE_IMAGES)][:SAMPLE_IMAGES]
+    explain_unit(predict, images, ids[:1], config, device)  # imports and first-call costs do not count
+    started = time.perf_counter()
+    rows = explain_unit(predict, images, ids, config, device)
+    return (time.perf_counter() - started) / len(ids), float(rows["num_segments"].mean())
+
+
+if __name__ == "__main__":
+    import sys
+
+    from hpcguard.cli import run_stage
+
+    sys.exit(run_stage("attribute"))

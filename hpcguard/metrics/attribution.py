@@ -1,0 +1,42 @@
+"""Statistics over stored explanations, and how alike two explanations are."""
+
+import numpy as np
+
+Sums = dict[str, np.ndarray]
+
+
+def row_statistics(rows: dict[str, np.ndarray], num_classes: int) -> Sums:
+    """Sums a true class over store rows, float64 [K] each; the first explained label is the true one."""
+    labels = rows["label"]
+    magnitude = np.abs(rows["coefficients"][:, 0].astype(np.float64))
+    largest = np.nanmax(magnitude, axis=1)
+    error = np.nanmean(rows["standard_error"][:, 0].astype(np.float64), axis=1)
+    per_row = {
+        "images": np.ones(len(labels)),
+        "right": (rows["predicted"] == labels).astype(np.float64),
+        "segments": rows["num_segments"].astype(np.float64),
+        "score": rows["score"][:, 0].astype(np.float64),
+        "mean_abs_coefficient": np.nanmean(magnitude, axis=1),
+        "relative_error": error / np.maximum(largest, np.finfo(np.float32).tiny),
+        "samples": rows["num_samples"].astype(np.float64),
+    }
+    return {name: np.bincount(labels, values, num_classes) for name, values in per_row.items()}
+
+
+def combine_statistics(parts: list[Sums]) -> Sums:
+    """Add up the sums of several shards."""
+    return {name: np.sum([part[name] for part in parts], axis=0) for name in parts[0]} if parts else {}
+
+
+def summarise(sums: Sums) -> dict[str, float]:
+    """Means over all images."""
+    images = sums["images"].sum()
+    means = {name: float(values.sum() / images) for name, values in sums.items() if name != "images"}
+    means["accuracy"] = means.pop("right")
+    return {"images": float(images), **means}
+
+
+def topk_jaccard(first: np.ndarray, second: np.ndarray, k: int = 5) -> float:
+    """Jaccard index of the k segments of largest |coefficient| in two explanations [d] of one image."""
+    top = [set(np.argsort(-np.nan_to_num(np.abs(each), nan=-1.0), kind="stable")[:k]) for each in (first, second)]
+    return len(top[0] & top[1]) / len(top[0] | top[1])

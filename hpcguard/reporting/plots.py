@@ -1,0 +1,147 @@
+"""Figures as PNG bytes. Drawn with matplotlib's Agg canvas alone: no window system, no global state."""
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from hpcguard.reporting.arms import Arm, attack_title, radius
+from hpcguard.reporting.overlay import COLOURS, overlay
+
+# Okabe and Ito's colours, told apart by the colour-blind; the marker says it once more.
+BASELINE, GUIDED = ("#6b6b6b", "s"), ("#0072b2", "o")
+CONTROLS = (("#d55e00", "^"), ("#009e73", "D"), ("#cc79a7", "v"), ("#e69f00", "P"), ("#56b4e9", "X"))
+INK, FAINT, WRONG = "#222222", "#d9d9d9", "#a11212"
+DPI = 160
+CELL_PIXELS = 320  # an explanation is enlarged to at least so many pixels
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One arm's explanation of an image: segments [H, W], coefficients [S] of the true class."""
+
+    title: str
+    segments: np.ndarray
+    coefficients: np.ndarray
+    caption: str
+    right: bool = True
+
+
+def accuracy_figure(arms: Sequence[Arm]) -> bytes:
+    """Accuracy and 95% interval of every arm under every attack."""
+    attacks = list(arms[0].attacks)
+    figure = Figure(figsize=(8.4, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    spread = min(0.16, 0.7 / len(arms))
+    for place, (arm, (colour, marker)) in enumerate(zip(arms, arm_styles(arms), strict=True)):
+        x = np.arange(len(attacks)) + (place - (len(arms) - 1) / 2) * spread
+        share = np.array([[arm.attacks[name][key] for name in attacks] for key in ("accuracy", "low", "high")])
+        low, high = np.maximum(0, share[0] - share[1]), np.maximum(0, share[2] - share[0])
+        axes.errorbar(
+            x, share[0], (low, high), fmt=marker, color=colour, markersize=6, capsize=3, linewidth=1.4, label=arm.name
+        )
+    axes.set_xticks(range(len(attacks)), [attack_title(name) for name in attacks])
+    axes.set_xlim(-0.5, len(attacks) - 0.5)
+    _share_axis(axes, f"accuracy, eps {radius(arms[0].evaluation['eps'])}")
+    axes.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
+    return _png(figure)
+
+
+def training_figure(arms: Sequence[Arm]) -> bytes | None:
+    """Loss, and clean and robust validation accuracy, by epoch; None if there is no log."""
+    styles = [(arm, colour, marker) for arm, (colour, marker) in zip(arms, arm_styles(arms), strict=True) if arm.log]
+    if not styles:
+        return None
+    validated = any("validation_clean" in entry for arm, _, _ in styles for entry in arm.log)
+    figure = Figure(figsize=(8.4, 3.5), layout="constrained")
+    panels = figure.subplots(1, 2 if validated else 1, squeeze=False)[0]
+    for arm, colour, marker in styles:
+        look = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.4}
+        epochs = [entry["epoch"] for entry in arm.log]
+        panels[0].plot(epochs, [entry["loss"] for entry in arm.log], label=arm.name, **look)
+        if validated:
+            for key, line in (("validation_clean", ":"), ("validation_robust", "-")):
+                name = _robust_label(arm) if key == "validation_robust" else None
+                shares = [entry.get(key, math.nan) for entry in arm.log]
+                panels[1].plot(epochs, shares, linestyle=line, label=name, **look)
+    panels[0].set_ylim(bottom=0)
+    panels[0].set_ylabel("training loss", color=INK)
+    panels[0].legend(frameon=False)
+    if validated:
+        _share_axis(panels[1], "validation accuracy")
+        panels[1].plot([], [], ":", color=INK, label="dotted: clean")
+        panels[1].legend(frameon=False, fontsize=8.5)
+    for axes in panels:
+        axes.set_xlabel("epoch", color=INK)
+        _plain(axes)
+    return _png(figure)
+
+
+def explanation_figure(image: np.ndarray, label: str, panels: Sequence[Panel]) -> bytes:
+    """One row: `image` [C, H, W] in [0, 1], then every panel's overlay, all on one symmetric scale."""
+    scale = max((float(np.nanmax(np.abs(panel.coefficients))) for panel in panels), default=0.0) or 1.0
+    zoom = max(1, -(-CELL_PIXELS // max(image.shape[1:])))
+    figure = Figure(figsize=(0.8 + 1.9 * (1 + len(panels)), 2.45), layout="constrained")
+    first, *others = figure.subplots(1, 1 + len(panels), squeeze=False)[0]
+    shown = image.transpose(1, 2, 0) if len(image) == 3 else image.mean(0)
+    first.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    _label(first, "image", label, INK)
+    for axes, panel in zip(others, panels, strict=True):
+        axes.imshow(overlay(image, panel.segments, panel.coefficients, scale, zoom), interpolation="nearest")
+        _label(axes, panel.title, panel.caption, INK if panel.right else WRONG)
+    mappable = ScalarMappable(Normalize(-scale, scale), COLOURS)
+    bar = figure.colorbar(mappable, ax=[first, *others], fraction=0.03, aspect=16, pad=0.01, ticks=[-scale, 0, scale])
+    bar.ax.set_yticklabels([f"−{scale:.2g}", "0", f"+{scale:.2g}"], fontsize=8.5)
+    bar.outline.set_linewidth(0.5)
+    return _png(figure)
+
+
+def arm_styles(arms: Sequence[Arm]) -> list[tuple[str, str]]:
+    """Colour and marker of every arm; baseline and guided have the same ones in every report."""
+    controls = iter(CONTROLS * len(arms))
+    fixed = {"baseline": BASELINE, "guided": GUIDED}
+    return [fixed[arm.name] if arm.name in fixed else next(controls) for arm in arms]
+
+
+def _robust_label(arm: Arm) -> str:
+    eps = arm.training["identity"]["training"].get("attack", {}).get("eps") if arm.training else None
+    return f"{arm.name}, PGD-10" + (f", eps {eps:.3f}" if eps is not None else "")
+
+
+def _share_axis(axes: Axes, label: str) -> None:
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_yticks(np.linspace(0, 1, 6), [f"{share}%" for share in range(0, 101, 20)])
+    axes.set_ylabel(label, color=INK)
+    _plain(axes)
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#888888")
+    axes.tick_params(colors=INK, labelsize=9)
+    axes.grid(axis="y", color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _label(axes: Axes, title: str, caption: str, colour: str) -> None:
+    axes.set_title(title, fontsize=10, color=INK, parse_math=False)
+    axes.set_xlabel(caption, fontsize=9, color=colour, parse_math=False)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set(color=FAINT, linewidth=0.8)
+
+
+def _png(figure: Figure) -> bytes:
+    FigureCanvasAgg(figure)
+    out = io.BytesIO()
+    # Without matplotlib's version in it, the same numbers give the same bytes.
+    figure.savefig(out, format="png", dpi=DPI, metadata={"Software": None})
+    return out.getvalue()

@@ -1,0 +1,219 @@
+"""RunFolder: the only place where the file names of a run exist; atomic publishing and digests."""
+
+import hashlib
+import json
+import os
+import subprocess
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from hpcguard import __version__
+from hpcguard.config import RECORDED, Config
+from hpcguard.errors import InputError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside one run folder."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def shards(self) -> Path:
+        return self.path / "shards"
+
+    def shard(self, index: int) -> Path:
+        return self.shards / f"{index:05d}.h5"
+
+    def manifest(self, index: int) -> Path:
+        return self.shards / f"{index:05d}.json"
+
+    @property
+    def store(self) -> Path:
+        return self.path / "store.h5"
+
+    @property
+    def store_manifest(self) -> Path:
+        return self.path / "store.json"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    def checkpoint(self, arm: str) -> Path:
+        return self.path / "checkpoints" / arm
+
+    def weights(self, arm: str) -> Path:
+        """Final weights of an arm; published last, so it exists only for a finished arm."""
+        return self.checkpoint(arm) / "model.safetensors"
+
+    def training(self, arm: str) -> Path:
+        """What an arm was trained with and how it went; published just before its weights."""
+        return self.checkpoint(arm) / "training.json"
+
+    def training_log(self, arm: str) -> Path:
+        return self.checkpoint(arm) / "log.jsonl"
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results"
+
+    def result(self, arm: str) -> Path:
+        return self.results / f"{arm}.json"
+
+    def explanations(self, arm: str) -> Path:
+        return self.results / f"{arm}_explanations.h5"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report" / "index.html"
+
+    def explained_weights(self, config: Config) -> Path:
+        """Weights of the model to be explained: model.weights, or the run's trained baseline; InputError if absent."""
+        path = config.model.weights or self.weights("baseline")
+        if path.is_file():
+            return path
+        if config.model.weights is not None:
+            raise InputError(f"model.weights = {path}: no such file")
+        raise InputError(
+            f"model.weights is null and {path} is not there: set model.weights, or add a section baseline and "
+            "run `python -m hpcguard.refine CONFIG --arm baseline` first"
+        )
+
+    def create(self) -> None:
+        """Make the folder, private to its owner. Raises InputError if that is impossible."""
+        try:
+            for folder in (self.path, self.shards, self.results, self.logs):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            probe = self.path / f".writable.{uuid.uuid4().hex}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise InputError(
+                f"run = {self.path}: cannot be written ({error.strerror}); set run to another folder"
+            ) from error
+
+    def record_config(self, config: Config, **digests: str | None) -> None:
+        """Publish config.yaml as resolved, with digests and the code's revision."""
+        values = config.model_dump(mode="json")
+        for section, key in (
+            ("data", "root"),
+            ("model", "weights"),
+            ("refinement", "deepspeed"),
+            ("baseline", "deepspeed"),
+        ):
+            if values[section] and values[section][key]:
+                values[section][key] = str(Path(values[section][key]).resolve())
+        values[RECORDED] = {"hpcguard": __version__, "revision": code_revision(), **digests}
+        with publish(self.config) as temporary:
+            temporary.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+
+@contextmanager
+def publish(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; on success fsync it, rename it to `path` and fsync the folder.
+
+    Whatever happens, `path` is either the old file or the whole new one. The temporary name is unique to this
+    attempt, so two writers cannot mix their bytes.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    with publish(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """Read a JSON object. Raises InputError with `remedy` if it is missing, torn or of another type."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: not there; {remedy}") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: damaged, not JSON ({error}); {remedy}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: damaged, expected a JSON object, found {type(values).__name__}; {remedy}")
+    return values
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_json(values: object) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def digest_arrays(*arrays: np.ndarray) -> str:
+    """SHA-256 over dtypes, shapes and bytes, in hexadecimal."""
+    total = hashlib.sha256()
+    for array in arrays:
+        total.update(f"{array.dtype.str}{array.shape}".encode())
+        total.update(np.ascontiguousarray(array).data)
+    return total.hexdigest()
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': 1}} as {'a.b': 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return flat
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """'key: old (now new)' for every differing leaf of two nested mappings; empty if they are equal."""
+    old, new = flatten(then), flatten(now)
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return ", ".join(f"{key} was {_short(old.get(key))} (now {_short(new.get(key))})" for key in keys)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:12] + "…"
+
+
+def code_revision() -> str:
+    """Git revision of hpcguard's source, '+changes' if the tree is dirty, 'unknown' outside a checkout."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return "unknown"
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty=+changes", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() or "unknown"

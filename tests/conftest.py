@@ -1,0 +1,67 @@
+"""What all tests share: a missing system package fails under CI, and small run folders made by the real stages."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from hpcguard.cli import run_stage
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report = yield
+    if report.skipped and os.environ.get("CI") == "true" and "needs system package" in str(report.longrepr):
+        report.outcome = "failed"
+    return report
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Bits depend on the number of threads; workers have one."""
+    torch.set_num_threads(1)
+
+
+TINY = {
+    "data": {"name": "digits", "size": 8, "train_images": 120, "validation": 0.1},
+    "model": {"name": "small-cnn", "options": {"width": 4}},
+    "attribution": {"segmentation": "grid", "num_segments": 9, "num_samples": 32, "unit": 8},
+    "cluster": {"workers": 2, "shards": 4},
+    "baseline": {"epochs": 2, "batch_size": 32, "engine": "torch"},
+    "refinement": {
+        "epochs": 2, "batch_size": 32, "engine": "torch", "attack": {"eps": 0.1, "steps": 2},
+    },
+    "controls": {"pgd": {"masking": {"weight": 0}, "sensitivity": {"weight": 0}}},
+    "evaluation": {"images": 24, "eps": 0.1, "pgd_steps": 4, "autoattack": "none", "explained": 4},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def make_config() -> Callable[..., Path]:
+    """make_config(folder, section={...}) writes a small configuration whose run folder is folder/run."""
+
+    def make(folder: Path, **changes: object) -> Path:
+        values = {**TINY, "run": str(folder / "run")}
+        for section, change in changes.items():
+            values[section] = {**values.get(section, {}), **change} if isinstance(change, dict) else change
+        path = folder / "config.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def attributed(tmp_path_factory: pytest.TempPathFactory, make_config: Callable[..., Path]) -> Path:
+    """A run folder with a baseline, all shards and a store; read only. Copy it to change it."""
+    folder = tmp_path_factory.mktemp("attributed")
+    config = str(make_config(folder))
+    assert run_stage("refine", [config, "--arm", "baseline"]) == 0
+    assert run_stage("attribute", [config]) == 0
+    assert run_stage("consolidate", [config]) == 0
+    return folder / "run"
