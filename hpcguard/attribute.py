@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(config: Config, arguments: argparse.Namespace) -> int:
+    pick_device(config.device)
     images = load_images(config.data, "train")
     folder = RunFolder(config.run)
     if arguments.dry_run:
@@ -176,10 +177,21 @@ def _dry_run(config: Config, images: ImageSet, folder: RunFolder) -> int:
     workers = min(config.cluster.workers, plan.num_shards)
     rows = len(images) * config.attribution.num_samples
     say(f"sample       {SAMPLE_IMAGES} images: {segments:.0f} segments, {seconds:.3f} s an image on one worker")
-    say(f"cost         {rows:,} model rows; {seconds * len(images) / 3600:.3f} worker-hours, about "
-        f"{seconds * len(images) / workers:.0f} s with {workers} workers")  # fmt: skip
+    total = seconds * len(images)
+    alone, together = _duration(total), _duration(total / workers)
+    say(f"cost         {rows:,} model rows, {alone} with one worker, {together} with {workers}")
     say("dry run: nothing was started or written")
     return 0
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.1f} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 def _measure(config: Config, images: ImageSet) -> tuple[float, float]:

@@ -237,8 +237,9 @@ class EvaluationConfig(Section):
     """Steps of PGD."""
     pgd_restarts: int = Field(1, gt=0)
     """Random restarts of PGD; an image counts as robust if it survives all."""
-    autoattack: Literal["standard", "rand", "fast", "none"] = "standard"
-    """AutoAttack's version (pyautoattack); fast: its apgd-ce and apgd-t alone, named so in the results."""
+    autoattack: Literal["standard", "rand", "fast", "untargeted", "none"] = "standard"
+    """AutoAttack's version (pyautoattack). Named so in the results: fast is its apgd-ce and apgd-t alone, untargeted
+    its apgd-ce, fab and square, for fewer than 4 classes."""
     batch_size: int = Field(256, gt=0)
     """Images in one forward pass."""
     explained: int = Field(8, ge=0)

@@ -113,7 +113,8 @@ def _is_done(folder: RunFolder, arm: str, identity: dict[str, Any]) -> bool:
     if not folder.result(arm).exists():
         return False
     recorded = read_json(folder.result(arm), f"delete {folder.result(arm)} to measure it again")
-    return recorded.get("identity") == identity and folder.explanations(arm).exists()
+    explained = folder.explanations(arm).exists() or not identity["evaluation"]["explained"]
+    return recorded.get("identity") == identity and explained
 
 
 def evaluate_arm(run: Path, identities: dict[str, dict[str, Any]], arm: str, slot: int, report: Report) -> None:

@@ -9,7 +9,7 @@ Writes RUN/checkpoints/ARM/model.safetensors, training.json and log.jsonl.
 import argparse
 import json
 import sys
-import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,17 @@ import numpy as np
 import torch
 
 from hpcguard.cluster.devices import pick_device
-from hpcguard.cluster.ranks import run_ranks, start_as_rank, torch_rank
+from hpcguard.cluster.ranks import is_first_rank, run_ranks, start_as_rank, torch_rank
 from hpcguard.config import Config, TrainingConfig
 from hpcguard.data import ImageSet, load_images
 from hpcguard.errors import InputError
 from hpcguard.models import load_model, save_weights
 from hpcguard.progress import Meter, progress, say
 from hpcguard.refinement.checkpoint import remove_checkpoints
-from hpcguard.refinement.engine import Engine, deepspeed_config, make_engine, micro_batch_size
+from hpcguard.refinement.engine import Engine, deepspeed_config, make_engine, read_deepspeed_json
 from hpcguard.refinement.spurious import check_flagged, flag_segments
 from hpcguard.refinement.step import GuidedStep
-from hpcguard.refinement.train import Batches, total_steps, train
+from hpcguard.refinement.train import Batches, Validation, total_steps, train
 from hpcguard.runs import RunFolder, differences, digest_file, digest_json, publish, read_json, write_json
 from hpcguard.store import AttributionDataset, view_problem
 
@@ -54,40 +54,44 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
     folder = RunFolder(config.run)
     arms = arguments.arm or config.arms()
     images = load_images(config.data, "train")
+    pick_device(config.device)
     world = torch_rank()
-    for arm in arms:
+    identities = {arm: _identity(config, config.arm(arm), folder, images) for arm in arms}
+    todo = [arm for arm in arms if not _is_done(folder, arm, identities[arm])]
+    for arm in todo:  # all of them first: a fault in the last must not show after hours of the first
+        _check(config, config.arm(arm), folder, images, world[1] if world else config.arm(arm).processes)
+    if is_first_rank():
+        for arm in set(arms) - set(todo):
+            say(f"refine: {arm} is trained already: {folder.weights(arm)}")
+    if world is None and todo:
+        folder.create()
+        folder.record_config(config)
+    for arm in todo:
         training = config.arm(arm)
-        identity = _identity(config, training, folder, images)
-        if _is_done(folder, arm, identity):
-            if world is None or world[0] == 0:
-                say(f"refine: {arm} is trained already: {folder.weights(arm)}")
-            continue
-        _check(config, training, folder, images, world[1] if world else training.processes)
-        if world is None:
-            folder.create()
-            folder.record_config(config)
         if training.engine == "torch" or world is not None:
-            _train_arm(config, arm, training, identity, folder, images, world or (0, 1))
+            _train_arm(config, arm, identities[arm], folder, images, world or (0, 1))
         elif status := _launch(arguments, arm, training):
-            say(f"refine: {arm} stopped with exit status {status}; the same command goes on from its last epoch")
             return status
     return 0
 
 
 def _launch(arguments: argparse.Namespace, arm: str, training: TrainingConfig) -> int:
     command = [sys.executable, "-m", "hpcguard.refine", arguments.config, *arguments.overrides, "--arm", arm]
-    return run_ranks(command, training.processes, training.threads)
+    status = run_ranks(command, training.processes, training.threads)
+    if status not in (0, 2):
+        say(f"refine: {arm} stopped with exit status {status}; the same command goes on from its last epoch")
+    return status
 
 
 def _identity(config: Config, training: TrainingConfig, folder: RunFolder, images: ImageSet) -> dict[str, Any]:
     """Everything that an arm's weights depend on."""
     identity: dict[str, Any] = {
-        "training": training.model_dump(mode="json", exclude={"deepspeed", "threads"}),
+        "training": training.model_dump(mode="json", exclude={"deepspeed", "threads", "processes"}),
         "model": config.model.model_dump(mode="json", exclude={"weights"}),
         "data": {**config.data.model_dump(mode="json", exclude={"root"}), "sha256": images.digest()},
     }
-    if training.engine == "deepspeed":
-        identity["deepspeed"] = deepspeed_config(training, training.processes)
+    if training.deepspeed is not None:
+        identity["deepspeed"] = read_deepspeed_json(training.deepspeed)
     if training.start == "baseline":
         identity["start_sha256"] = digest_file(folder.explained_weights(config))
     if training.guided:
@@ -113,7 +117,8 @@ def _check(config: Config, training: TrainingConfig, folder: RunFolder, images: 
     """Find in seconds, before processes start, what would stop the training."""
     start = folder.explained_weights(config) if training.start == "baseline" else None
     load_model(config.model, len(images.classes), images.shape[0], start)
-    micro_batch_size(training, world_size)
+    if training.engine == "deepspeed":
+        deepspeed_config(training, world_size)
     total_steps(len(images), training)
     if training.guided:
         if problem := view_problem(folder.store, folder.store_manifest):
@@ -130,34 +135,40 @@ def _guided_rows(
 
 
 def _train_arm(
-    config: Config, arm: str, training: TrainingConfig, identity: dict[str, Any], folder: RunFolder,
-    images: ImageSet, world: tuple[int, int],
-) -> None:  # fmt: skip
+    config: Config, arm: str, identity: dict[str, Any], folder: RunFolder, images: ImageSet, world: tuple[int, int]
+) -> None:
+    training = config.arm(arm)
     rank, world_size = world
-    started = time.monotonic()
     torch.set_num_threads(training.threads)
     torch.manual_seed(training.seed)
     device = pick_device(config.device, rank)
     start = folder.explained_weights(config) if training.start == "baseline" else None
     model = load_model(config.model, len(images.classes), images.shape[0], start)
     batches, shares = _batches(folder, images, training)
-    step = GuidedStep(model, training, _mean_colour(images))
-    engine = make_engine(step, training, device, world_size)
-    validation = load_images(config.data, "validation") if config.data.validation else None
+    engine = make_engine(GuidedStep(model, training, _mean_colour(images)), training, device, world_size)
+    validation = _validation(config)
     total = total_steps(len(images), training)
-    log = folder.training_log(arm)
     with progress(f"refine {arm}", total, "steps") if rank == 0 else nullcontext(None) as meter:
-        history = _run(
-            engine, batches, validation, training, folder.checkpoint(arm), digest_json(identity), log, meter, shares
-        )
+        log = _logger(folder.training_log(arm), meter, shares)
+        show = meter.set if meter else _ignore
+        train(engine, batches, validation, training, folder.checkpoint(arm), digest_json(identity), show, log)
     if rank == 0:
+        entries = _settle_log(folder.training_log(arm))
+        seconds = sum(entry["seconds"] for entry in entries)
         details = {
             "arm": arm, "identity": identity, "world_size": world_size, "device": str(device), "steps": total,
-            "spurious": shares, "seconds": round(time.monotonic() - started, 1), "last_epoch": history,
+            "spurious": shares, "seconds": round(seconds, 1), "last_epoch": entries[-1],
         }  # fmt: skip
         _publish_weights(engine, config, folder, arm, details)
-        say(f"refine: {arm} trained in {time.monotonic() - started:.0f} s, {total} steps: {folder.weights(arm)}")
+        say(f"refine: {arm} trained, {total} steps in {seconds:.0f} s: {folder.weights(arm)}")
     engine.barrier()
+
+
+def _validation(config: Config) -> Validation | None:
+    """The validation split, attacked with the radius of the evaluation, the same for every arm."""
+    if not config.data.validation:
+        return None
+    return Validation(load_images(config.data, "validation"), config.evaluation.eps)
 
 
 def _batches(folder: RunFolder, images: ImageSet, training: TrainingConfig) -> tuple[Batches, dict[str, float]]:
@@ -178,26 +189,30 @@ def _mean_colour(images: ImageSet) -> torch.Tensor:
     return torch.from_numpy(images.images(ids).mean((0, 2, 3), dtype=np.float64).astype(np.float32))
 
 
-def _run(
-    engine: Engine, batches: Batches, validation: ImageSet | None, training: TrainingConfig, checkpoints: Path,
-    fingerprint: str, log: Path, meter: Meter | None, shares: dict[str, float],
-) -> dict[str, Any]:  # fmt: skip
-    """Train with progress and a log on rank 0; returns the last epoch's entry."""
-    last: dict[str, Any] = {}
+def _ignore(done: int, note: str) -> None:
+    """Ranks but the first show nothing."""
 
-    def on_step(done: int, note: str) -> None:
-        if meter:
-            meter.set(done, note)
 
-    def on_epoch(entry: dict[str, Any]) -> None:
-        last.update(entry)
+def _logger(path: Path, meter: Meter | None, shares: dict[str, float]) -> Callable[[dict[str, Any]], None]:
+    """Appends an epoch's entry to the log, on rank 0."""
+
+    def write(entry: dict[str, Any]) -> None:
         if meter:
-            log.parent.mkdir(parents=True, exist_ok=True)
-            with log.open("a", encoding="utf-8") as file:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({**entry, **{f"share_{name}": share for name, share in shares.items()}}) + "\n")
 
-    train(engine, batches, validation, training, checkpoints, fingerprint, on_step, on_epoch)
-    return last
+    return write
+
+
+def _settle_log(path: Path) -> list[dict[str, Any]]:
+    """The log with each epoch once: one that was killed before its checkpoint was trained and logged again."""
+    entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    last = {entry["epoch"]: entry for entry in entries}
+    settled = [last[epoch] for epoch in sorted(last)]
+    with publish(path) as temporary:
+        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in settled), encoding="utf-8")
+    return settled
 
 
 def _publish_weights(engine: Engine, config: Config, folder: RunFolder, arm: str, details: dict[str, Any]) -> None:

@@ -5,8 +5,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-Version = Literal["standard", "rand", "fast"]
-FAST = ["apgd-ce", "apgd-t"]
+from hpcguard.errors import InputError
+
+Version = Literal["standard", "rand", "fast", "untargeted"]
+PARTS = {"fast": ["apgd-ce", "apgd-t"], "untargeted": ["apgd-ce", "fab", "square"]}
+TARGETED_NEEDS = 4  # classes, for the targeted DLR loss
 
 
 def autoattack(
@@ -14,17 +17,23 @@ def autoattack(
 ) -> Tensor:
     """Which images stay right under AutoAttack in the Linf ball, bool [B]; `model` gives logits for x in [0, 1].
 
-    standard: apgd-ce, apgd-t, fab-t, square; rand: for randomised models; fast: apgd-ce and apgd-t alone, weaker.
+    standard: apgd-ce, apgd-t, fab-t, square; rand: for randomised models; fast and untargeted: see PARTS, weaker.
+    Raises InputError for a version that needs more classes.
     """
     import pyautoattack  # brings a second of imports that only evaluation needs
 
-    attacks = {"version": "custom", "attacks": FAST} if version == "fast" else {"version": version}
-    attacker = pyautoattack.AutoAttack(model, norm="Linf", eps=eps, seed=seed, device=x.device, **attacks)
     with torch.no_grad():
-        wrong_classes = model(x[:1]).shape[1] - 1
+        classes = model(x[:1]).shape[1]
+    if classes < TARGETED_NEEDS and version != "untargeted":
+        raise InputError(
+            f"evaluation.autoattack = {version}: needs {TARGETED_NEEDS} classes, the model has {classes}; "
+            "use untargeted"
+        )
+    chosen = {"version": "custom", "attacks": PARTS[version]} if version in PARTS else {"version": version}
+    attacker = pyautoattack.AutoAttack(model, norm="Linf", eps=eps, seed=seed, device=x.device, **chosen)
     for targeted in (attacker.apgd_targeted, attacker.fab):  # with few classes there are fewer targets than 9
-        targeted.n_target_classes = min(9, wrong_classes)
-    if version == "fast":
-        attacker.apgd.n_restarts = 1  # as in the standard version
+        targeted.n_target_classes = min(9, classes - 1)
+    if version in PARTS:  # as in the standard version
+        attacker.apgd.n_restarts = attacker.fab.n_restarts = 1
     _, predicted = attacker.run_standard_evaluation(x, y, batch_size=batch_size)
     return predicted == y

@@ -16,7 +16,7 @@ def pick_device(name: str, slot: int = 0) -> torch.device:
         raise InputError(f"device = {name}: write auto, cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"device = {name}: write auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= count:
+    if device.type == "cuda" and not 0 <= (device.index or 0) < count:
         raise InputError(f"device = {name}: this machine shows {count} GPU(s) to torch; write auto or cpu")
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", slot % count)

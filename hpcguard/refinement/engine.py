@@ -137,7 +137,7 @@ def deepspeed_config(config: TrainingConfig, world_size: int) -> dict[str, Any]:
 
     Raises InputError for a file that is not JSON, sets what hpcguard sets, or asks for what is silently wrong here.
     """
-    values = _read_deepspeed_json(config.deepspeed) if config.deepspeed else {}
+    values = read_deepspeed_json(config.deepspeed) if config.deepspeed else {}
     where = f"refinement.deepspeed = {config.deepspeed}"
     for key in OURS:
         if key in values:
@@ -167,7 +167,8 @@ def micro_batch_size(config: TrainingConfig, world_size: int) -> int:
     return config.batch_size // parts
 
 
-def _read_deepspeed_json(path: Path) -> dict[str, Any]:
+def read_deepspeed_json(path: Path) -> dict[str, Any]:
+    """The user's DeepSpeed configuration. Raises InputError if it cannot be read or is no JSON object."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

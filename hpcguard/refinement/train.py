@@ -22,7 +22,7 @@ from hpcguard.refinement.engine import Engine, average_buffers, micro_batch_size
 from hpcguard.refinement.masking import flagged_pixels
 from hpcguard.refinement.step import GuidedStep
 
-VALIDATION_IMAGES = 256  # attacked after every epoch, for the log only
+VALIDATION_IMAGES = 256  # so many are attacked at most
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,14 @@ class Batches:
 
     read: Callable[[np.ndarray], dict[str, Tensor]]
     size: int
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Images that are measured, and attacked with radius eps, after every epoch, for the log only."""
+
+    images: ImageSet
+    eps: float
 
 
 def steps_per_epoch(size: int, config: TrainingConfig) -> int:
@@ -54,7 +62,7 @@ def learning_rate(step: int, total: int, config: TrainingConfig) -> float:
 
 
 def train(
-    engine: Engine, batches: Batches, validation: ImageSet | None, config: TrainingConfig, folder: Path,
+    engine: Engine, batches: Batches, validation: Validation | None, config: TrainingConfig, folder: Path,
     fingerprint: str, on_step: Callable[[int, str], None], on_epoch: Callable[[dict[str, Any]], None],
 ) -> None:  # fmt: skip
     """Train to the end from the last published checkpoint, or the start.
@@ -76,7 +84,7 @@ def train(
         average_buffers(engine)
         means = (engine.sum_over_ranks(sums.to(engine.device)) / engine.world_size / len(steps)).tolist()
         entry = {"epoch": epoch + 1, **dict(zip(("loss", *GuidedStep.TERMS), means, strict=True))}
-        on_epoch({**entry, **_validate(engine, validation, config), "seconds": round(time.monotonic() - started, 2)})
+        on_epoch({**entry, **_validate(engine, validation), "seconds": round(time.monotonic() - started, 2)})
         save_checkpoint(engine, folder, epoch + 1, fingerprint)
 
 
@@ -113,19 +121,20 @@ def _train_step(
     return sums
 
 
-def _validate(engine: Engine, validation: ImageSet | None, config: TrainingConfig) -> dict[str, float]:
+def _validate(engine: Engine, validation: Validation | None) -> dict[str, float]:
     """Clean and PGD-10 accuracy on at most VALIDATION_IMAGES images, shared among the ranks."""
     if validation is None:
         return {}
     model = engine.module.model.eval()
-    ids = validation.ids[:VALIDATION_IMAGES][engine.rank :: engine.world_size]
-    x = torch.from_numpy(validation.images(ids)).to(engine.device)
-    y = torch.from_numpy(validation.labels_of(ids)).to(engine.device)
+    images = validation.images
+    ids = images.ids[:VALIDATION_IMAGES][engine.rank :: engine.world_size]
+    x, y = (
+        torch.from_numpy(images.images(ids)).to(engine.device),
+        torch.from_numpy(images.labels_of(ids)).to(engine.device),
+    )
     with torch.no_grad():
         right = (model(x).argmax(1) == y).sum()
-    eps = config.attack.eps
-    with torch.no_grad():
-        robust = (model(pgd(model, x, y, eps, 10)).argmax(1) == y).sum()
+        robust = (model(pgd(model, x, y, validation.eps, 10)).argmax(1) == y).sum()
     counts = torch.stack([right, robust, torch.tensor(len(ids), device=engine.device)]).double()
-    right, robust, images = engine.sum_over_ranks(counts).tolist()
-    return {"validation_clean": right / images, "validation_robust": robust / images}
+    right, robust, total = engine.sum_over_ranks(counts).tolist()
+    return {"validation_clean": right / total, "validation_robust": robust / total}

@@ -4,7 +4,8 @@ import numpy as np
 from matplotlib import colormaps
 
 COLOURS = "RdBu"  # red speaks against, blue supports; told apart by the colour-blind too
-OPACITY = 0.7
+OPACITY = 0.65
+DARKEST = 0.3  # black is lifted to this grey, or the colours over it would not be those of the scale
 BORDER = 40  # grey level of borders
 
 
@@ -15,7 +16,7 @@ def overlay(image: np.ndarray, segments: np.ndarray, coefficients: np.ndarray, s
     """
     strength = np.nan_to_num(coefficients)[segments] / (scale or 1.0)
     colours = colormaps[COLOURS](0.5 + 0.5 * np.clip(strength, -1, 1))[..., :3]
-    grey = image.mean(0)[..., None]
+    grey = DARKEST + (1 - DARKEST) * image.mean(0)[..., None]
     painted = np.round(255 * ((1 - OPACITY) * grey + OPACITY * colours)).astype(np.uint8)
     large = painted.repeat(zoom, 0).repeat(zoom, 1)
     large[borders(segments.repeat(zoom, 0).repeat(zoom, 1))] = BORDER

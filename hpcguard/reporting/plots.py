@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from hpcguard.reporting.arms import Arm, attack_title, radius
 from hpcguard.reporting.overlay import COLOURS, overlay
@@ -50,7 +51,7 @@ def accuracy_figure(arms: Sequence[Arm]) -> bytes:
     axes.set_xticks(range(len(attacks)), [attack_title(name) for name in attacks])
     axes.set_xlim(-0.5, len(attacks) - 0.5)
     _share_axis(axes, f"accuracy, eps {radius(arms[0].evaluation['eps'])}")
-    axes.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
+    axes.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
     return _png(figure)
 
 
@@ -63,8 +64,9 @@ def training_figure(arms: Sequence[Arm]) -> bytes | None:
     figure = Figure(figsize=(8.4, 3.5), layout="constrained")
     panels = figure.subplots(1, 2 if validated else 1, squeeze=False)[0]
     for arm, colour, marker in styles:
-        look = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.4}
         epochs = [entry["epoch"] for entry in arm.log]
+        every = 1 + len(epochs) // 20
+        look = {"color": colour, "marker": marker, "markersize": 4, "markevery": every, "linewidth": 1.4}
         panels[0].plot(epochs, [entry["loss"] for entry in arm.log], label=arm.name, **look)
         if validated:
             for key, line in (("validation_clean", ":"), ("validation_robust", "-")):
@@ -80,6 +82,7 @@ def training_figure(arms: Sequence[Arm]) -> bytes | None:
         panels[1].legend(frameon=False, fontsize=8.5)
     for axes in panels:
         axes.set_xlabel("epoch", color=INK)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _plain(axes)
     return _png(figure)
 
@@ -88,18 +91,25 @@ def explanation_figure(image: np.ndarray, label: str, panels: Sequence[Panel]) -
     """One row: `image` [C, H, W] in [0, 1], then every panel's overlay, all on one symmetric scale."""
     scale = max((float(np.nanmax(np.abs(panel.coefficients))) for panel in panels), default=0.0) or 1.0
     zoom = max(1, -(-CELL_PIXELS // max(image.shape[1:])))
-    figure = Figure(figsize=(0.8 + 1.9 * (1 + len(panels)), 2.45), layout="constrained")
-    first, *others = figure.subplots(1, 1 + len(panels), squeeze=False)[0]
+    cell, step, width, height = 1.9, 2.0, 0.1 + 2.0 * (1 + len(panels)) + 0.75, 2.45  # inches
+    figure = Figure(figsize=(width, height))
+
+    def place(left: float, wide: float) -> Axes:
+        # Placed by hand, so that the cells of one row stand under those of the row before.
+        return figure.add_axes((left / width, 0.26 / height, wide / width, cell / height))
+
+    first = place(0.1, cell)
     shown = image.transpose(1, 2, 0) if len(image) == 3 else image.mean(0)
     first.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     _label(first, "image", label, INK)
-    for axes, panel in zip(others, panels, strict=True):
+    for column, panel in enumerate(panels, 1):
+        axes = place(0.1 + column * step, cell)
         axes.imshow(overlay(image, panel.segments, panel.coefficients, scale, zoom), interpolation="nearest")
         _label(axes, panel.title, panel.caption, INK if panel.right else WRONG)
+    bar = place(0.1 + step * (1 + len(panels)), 0.12)
     mappable = ScalarMappable(Normalize(-scale, scale), COLOURS)
-    bar = figure.colorbar(mappable, ax=[first, *others], fraction=0.03, aspect=16, pad=0.01, ticks=[-scale, 0, scale])
-    bar.ax.set_yticklabels([f"−{scale:.2g}", "0", f"+{scale:.2g}"], fontsize=8.5)
-    bar.outline.set_linewidth(0.5)
+    figure.colorbar(mappable, cax=bar, ticks=[-scale, 0, scale])
+    bar.set_yticklabels([f"−{scale:.2g}", "0", f"+{scale:.2g}"], fontsize=8.5, color=INK)
     return _png(figure)
 
 

@@ -1,6 +1,7 @@
 """What a run shows, in sentences computed from its numbers, and what to be careful about."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from hpcguard.reporting.arms import Arm, attack_title, radius
@@ -49,10 +50,10 @@ def cautions(arms: Sequence[Arm], store: Mapping[str, Any] | None) -> list[str]:
     if not strongest.startswith("autoattack"):
         found.append("AutoAttack was not run; gradient attacks alone can overstate robustness.")
     elif strongest != "autoattack":
-        found.append(f"{attack_title(strongest)} is not the standard AutoAttack; do not compare it with published figures.")
+        found.append(f"{attack_title(strongest)} is not the standard AutoAttack that published figures use.")
     for arm in arms:
         rows = list(arm.attacks.items())
-        for (weak, row), (strong, stronger) in zip(rows, rows[1:], strict=False):
+        for (weak, row), (strong, stronger) in pairwise(rows):
             if stronger["right"] > row["right"]:
                 found.append(
                     f"{arm.name}: {attack_title(strong)} leaves more images right than the weaker "

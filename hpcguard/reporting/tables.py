@@ -43,8 +43,8 @@ def result_table(arms: Sequence[Arm]) -> Table:
 
 
 def training_table(arms: Sequence[Arm]) -> Table:
-    """How every arm was trained. A loss term is shown only where it counts, as value × weight."""
-    columns = ["arm", "steps", "epochs", "processes", "device", "time", "flagged", "no mask", "all masked", "loss"]
+    """How every arm was trained, and on what share of flagged superpixels."""
+    columns = ["arm", "steps", "epochs", "processes", "device", "time", "flagged", "no mask", "all masked"]
     rows = []
     for arm in arms:
         if arm.training is None:
@@ -55,11 +55,16 @@ def training_table(arms: Sequence[Arm]) -> Table:
                 arm.name, str(arm.training["steps"]), str(last["epoch"]), str(arm.training["world_size"]),
                 str(arm.training.get("device", MISSING)), duration(arm.training["seconds"]),
                 *(f"{shares[name]:.1%}" if name in shares else MISSING for name in ("flagged", "empty", "full")),
-                f"{last['loss']:.4f}",
-                *_terms(arm.training),
             ]
         )  # fmt: skip
-    return Table([*columns, *LOSS_TERMS], rows)
+    return Table(columns, rows)
+
+
+def loss_table(arms: Sequence[Arm]) -> Table:
+    """The last epoch's loss. A term is shown only where it counts, as value × weight."""
+    trained = [(arm.name, arm.training) for arm in arms if arm.training]
+    rows = [[name, f"{training['last_epoch']['loss']:.4f}", *_terms(training)] for name, training in trained]
+    return Table(["arm", "loss", *LOSS_TERMS], rows)
 
 
 def attribution_table(store: Mapping[str, Any]) -> Table:
@@ -75,15 +80,13 @@ def attribution_table(store: Mapping[str, Any]) -> Table:
         ["accuracy of the explained model there", f"{means['accuracy']:.1%}"],
         ["time summed over workers", duration(store["worker_seconds"])],
     ]
-    return Table(["mean over the training images", "value"], rows)
+    return Table(["over the training images", "value"], rows)
 
 
 def stability_table(arms: Sequence[Arm]) -> Table:
     values = [arm.result["explanation_jaccard5"] for arm in arms]
     shown = [MISSING if value is None else f"{value:.2f}" for value in values]
-    return Table(
-        ["arm", "top-5 Jaccard"], [[arm.name, value] for arm, value in zip(arms, shown, strict=True)]
-    )
+    return Table(["arm", "top-5 Jaccard"], [[arm.name, value] for arm, value in zip(arms, shown, strict=True)])
 
 
 def hardware_table(arms: Sequence[Arm]) -> Table:

@@ -1,0 +1,242 @@
+"""Write what a run shows as one HTML page, tables and figures; computes nothing anew.
+
+Reads RUN/results, the checkpoints' training.json and log.jsonl, and store.json, as far as they are there. Writes
+RUN/report/index.html (self-contained), results.csv, results.md and every figure as a PNG. Arms that were measured
+with different settings are refused, not mixed.
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from hpcguard.config import Config
+from hpcguard.data import ImageSet, load_images
+from hpcguard.errors import InputError
+from hpcguard.progress import say
+from hpcguard.reporting.arms import (
+    Arm,
+    check_comparable,
+    check_result,
+    check_store,
+    check_training,
+    parse_log,
+    radius,
+)
+from hpcguard.reporting.html import render_page
+from hpcguard.reporting.pictures import Picture, accuracy_picture, explanation_pictures, training_picture
+from hpcguard.reporting.summary import cautions, summarise
+from hpcguard.reporting.tables import (
+    attribution_table,
+    hardware_table,
+    loss_table,
+    result_table,
+    results_csv,
+    stability_table,
+    to_markdown,
+    to_text,
+    training_table,
+)
+from hpcguard.runs import RunFolder, differences, publish, read_json
+from hpcguard.store import open_rows
+from hpcguard.store.schema import rows_problem
+
+EXAMPLE = (
+    "python -m hpcguard.report runs/quickstart",
+    "python -m hpcguard.report configs/quickstart.yaml",
+)
+SECTIONS = ("data", "evaluation", "controls")
+EVALUATE = "run `python -m hpcguard.evaluate` again"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """No options beside the common ones."""
+
+
+def run(config: Config, arguments: argparse.Namespace) -> int:
+    folder = RunFolder(config.run)
+    names = [name for name in ("baseline", *config.arms()) if folder.result(name).exists()]
+    _say_left_out(config, folder, names)
+    if not names:
+        command = f"python -m hpcguard.evaluate {arguments.config}"
+        raise InputError(f"{folder.results}: no results yet; run `{command}` first")
+    arms = [_read_arm(config, folder, name) for name in names]
+    check_comparable(arms)
+    store = _read_store(folder)
+    warnings = [*cautions(arms, store), *_changed_settings(config, arms)]
+    table = result_table(arms)
+    page, pictures = _page(config, arms, store, warnings)
+    folder.create()
+    _publish(folder, {picture.name: picture.png for picture in pictures}, {
+        "results.csv": results_csv(arms),
+        "results.md": _markdown(config, arms, warnings),
+        folder.report.name: render_page(page),
+    })  # fmt: skip
+    say(to_text(table).rstrip())
+    for warning in warnings:
+        say(f"note: {warning}")
+    say(f"report: {folder.report}")
+    return 0
+
+
+def _say_left_out(config: Config, folder: RunFolder, names: list[str]) -> None:
+    for path in sorted(folder.results.glob("*.json")):
+        if path.stem not in names:
+            say(f"report: {path} is left out: {path.stem} is no arm of this configuration")
+    for name in ("baseline", *config.arms()):
+        if names and name not in names:
+            say(f"report: {name} is not measured yet")
+
+
+def _read_arm(config: Config, folder: RunFolder, name: str) -> Arm:
+    result = read_json(folder.result(name), EVALUATE)
+    check_result(result, name, str(folder.result(name)))
+    training, log, rows = None, [], None
+    # With model.weights set, the baseline was trained elsewhere, whatever else lies in checkpoints/baseline.
+    if folder.training(name).exists() and not (name == "baseline" and config.model.weights):
+        training = read_json(folder.training(name), "run `python -m hpcguard.refine` again")
+        check_training(training, str(folder.training(name)))
+        log = _read_log(folder.training_log(name))
+    if result["identity"]["evaluation"].get("explained"):
+        rows = _read_explanations(folder.explanations(name))
+    return Arm(name, result, training, log, rows)
+
+
+def _read_explanations(path: Path) -> dict[str, np.ndarray]:
+    if not path.exists():
+        raise InputError(f"{path}: not there; {EVALUATE}")
+    rows = open_rows(path)
+    if problem := rows_problem(rows):
+        raise InputError(f"{path}: damaged, {problem}; delete it and {EVALUATE}")
+    return rows
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    try:
+        return parse_log(path.read_text(encoding="utf-8"), str(path)) if path.exists() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); delete it to leave the curves out") from error
+
+
+def _read_store(folder: RunFolder) -> dict[str, Any] | None:
+    if not folder.store_manifest.exists():
+        return None
+    store = read_json(folder.store_manifest, "run `python -m hpcguard.consolidate` again")
+    check_store(store, str(folder.store_manifest))
+    return store
+
+
+def _changed_settings(config: Config, arms: list[Arm]) -> list[str]:
+    """Where the arms were made with other settings than the configuration that the page shows."""
+    notes = []
+    for arm in arms:
+        wanted = config.evaluation.model_dump(mode="json", exclude={"workers", "threads"})
+        if changed := differences(arm.evaluation, wanted):
+            notes.append(f"{arm.name} was measured with other settings than this configuration: {changed}.")
+        if arm.training and (arm.name != "baseline" or config.baseline is not None):
+            now = config.arm(arm.name).model_dump(mode="json", exclude={"deepspeed", "threads"})
+            if changed := differences(arm.training["identity"]["training"], now):
+                notes.append(f"{arm.name} was trained with other settings than this configuration: {changed}.")
+    return notes
+
+
+def _page(
+    config: Config, arms: list[Arm], store: dict[str, Any] | None, warnings: list[str]
+) -> tuple[dict[str, Any], list[Picture]]:
+    """What the template needs, and all pictures in it."""
+    accuracy, curves, explained = accuracy_picture(arms), training_picture(arms), _explanations(config, arms)
+    values = {
+        "title": config.run.resolve().name,
+        "subject": _subject(config, arms),
+        "summary": summarise(arms),
+        "cautions": warnings,
+        "results": result_table(arms),
+        "accuracy": accuracy,
+        "eps": radius(arms[0].evaluation["eps"]),
+        "explanations": explained,
+        "stability": stability_table(arms),
+        "training": training_table(arms),
+        "losses": loss_table(arms),
+        "curves": curves,
+        "attribution": attribution_table(store) if store else None,
+        "commands": _commands(config),
+        "hardware": hardware_table(arms),
+        "settings": yaml.safe_dump(_without_machine_paths(config.model_dump(mode="json")), sort_keys=False),
+    }
+    return values, [accuracy, *([curves] if curves else []), *explained]
+
+
+def _subject(config: Config, arms: list[Arm]) -> str:
+    result, eps = arms[0].result, arms[0].evaluation["eps"]
+    model = result["identity"].get("model", {}).get("name", config.model.name)
+    return f"{model} on {config.data.name}, {result['images']} test images, eps {radius(eps)}"
+
+
+def _explanations(config: Config, arms: list[Arm]) -> list[Picture]:
+    """A picture for every explained test image, the same ones for all arms."""
+    first = arms[0].explanations
+    if first is None:
+        return []
+    test = load_images(config.data, "test")
+    for arm in arms:
+        _check_rows(arm, first, test)
+    return explanation_pictures(arms, test.images(first["image_id"]), test.classes)
+
+
+def _check_rows(arm: Arm, first: dict[str, np.ndarray], test: ImageSet) -> None:
+    """The rows must be those of the other arms and of the images in hand."""
+    rows = arm.explanations
+    if rows is None or not np.array_equal(rows["image_id"], first["image_id"]):
+        raise InputError(f"the explanations of arm {arm.name} are of other images than the rest; {EVALUATE}")
+    fits = rows["segments"].shape[1:] == test.shape[1:] and rows["predicted"].max(initial=0) < len(test.classes)
+    if not fits or not np.array_equal(rows["label"], test.labels_of(rows["image_id"])):
+        raise InputError(f"the explanations of arm {arm.name} do not fit this configuration's data; {EVALUATE}")
+
+
+def _commands(config: Config) -> list[str]:
+    """The stages in their order, into a fresh folder beside this one."""
+    source = config.run.resolve().name if config.run.is_absolute() or not config.run.name else str(config.run)
+    stages = ["refine --arm baseline"] if config.baseline is not None else []
+    stages += ["attribute", "consolidate", "refine", "evaluate", "report"]
+    words = [stage.partition(" ") for stage in stages]
+    return [
+        f"python -m hpcguard.{stage} {shlex.quote(source)} {shlex.quote(f'run={source}-repeat')} {option}".rstrip()
+        for stage, _, option in words
+    ]
+
+
+def _without_machine_paths(value: Any) -> Any:
+    """`value` with every absolute path cut down to its last name: where files lay is nobody's business."""
+    if isinstance(value, dict):
+        return {key: _without_machine_paths(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_machine_paths(each) for each in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def _markdown(config: Config, arms: list[Arm], warnings: list[str]) -> str:
+    parts = [f"# {config.run.resolve().name}", _subject(config, arms) + ".", " ".join(summarise(arms))]
+    parts += [f"- {warning}" for warning in warnings]
+    parts.append(to_markdown(result_table(arms)).rstrip())
+    parts.append("Accuracy with Wilson's 95% interval. One training run an arm.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _publish(folder: RunFolder, images: dict[str, bytes], texts: dict[str, str]) -> None:
+    """Publish all files, the page last, and remove pictures of an earlier report that are not in this one."""
+    for name, content in {**images, **{name: text.encode() for name, text in texts.items()}}.items():
+        with publish(folder.report.with_name(name)) as temporary:
+            temporary.write_bytes(content)
+    for old in folder.report.parent.glob("explanation_*.png"):
+        if old.name not in images:
+            old.unlink()
+
+
+if __name__ == "__main__":
+    from hpcguard.cli import run_stage
+
+    sys.exit(run_stage("report"))

@@ -1,0 +1,68 @@
+"""Pictures of a report: figures with file names, captions, and words for those who cannot see them."""
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hpcguard.reporting.arms import Arm, attack_title, role
+from hpcguard.reporting.plots import Panel, accuracy_figure, explanation_figure, training_figure
+
+
+@dataclass(frozen=True)
+class Picture:
+    name: str
+    png: bytes
+    alt: str
+    caption: str = ""
+
+    @property
+    def uri(self) -> str:
+        return "data:image/png;base64," + base64.b64encode(self.png).decode()
+
+
+def accuracy_picture(arms: Sequence[Arm]) -> Picture:
+    shares = [
+        f"{arm.name} " + ", ".join(f"{attack_title(name)} {row['accuracy']:.1%}" for name, row in arm.attacks.items())
+        for arm in arms
+    ]
+    alt = f"Accuracy with 95% intervals, by attack: {'; '.join(shares)}"
+    return Picture("accuracy.png", accuracy_figure(arms), alt)
+
+
+def training_picture(arms: Sequence[Arm]) -> Picture | None:
+    """Training curves; None if no arm has a log."""
+    png = training_figure(arms)
+    if png is None:
+        return None
+    ends = [f"{arm.name} from {arm.log[0]['loss']:.3f} to {arm.log[-1]['loss']:.3f}" for arm in arms if arm.log]
+    return Picture("training.png", png, f"Loss and validation accuracy by epoch; loss: {'; '.join(ends)}")
+
+
+def explanation_pictures(arms: Sequence[Arm], images: np.ndarray, classes: Sequence[str]) -> list[Picture]:
+    """One picture for every explained image; `images` [n, C, H, W] are theirs, in the order of the rows."""
+    return [_explanation(arms, place, image, classes) for place, image in enumerate(images)]
+
+
+def _explanation(arms: Sequence[Arm], place: int, image: np.ndarray, classes: Sequence[str]) -> Picture:
+    explained = [(arm.name, arm.explanations) for arm in arms if arm.explanations]
+    panels = [_panel(name, rows, place, classes) for name, rows in explained]
+    number, label = (int(explained[0][1][column][place]) for column in ("image_id", "label"))
+    said = "; ".join(f"{name} {panel.caption}" for (name, _), panel in zip(explained, panels, strict=True))
+    return Picture(
+        f"explanation_{number}.png",
+        explanation_figure(image, f"true class {classes[label]}", panels),
+        f"Test image {number} of class {classes[label]}, superpixels coloured by coefficient for each model; {said}",
+        f"Test image {number}, true class {classes[label]}",
+    )
+
+
+def _panel(name: str, rows: dict[str, np.ndarray], place: int, classes: Sequence[str]) -> Panel:
+    predicted, label = int(rows["predicted"][place]), int(rows["label"][place])
+    # The explained labels are the true one and the strongest other one, so the predicted one is among them.
+    known = rows["probability"][place][rows["target"][place] == predicted]
+    sure = f" ({known[0]:.1%})" if len(known) else ""
+    caption = f"predicts {classes[predicted]}{sure}" + ("" if predicted == label else ", wrong")
+    title = f"{name} ({role(name)})"
+    return Panel(title, rows["segments"][place], rows["coefficients"][place, 0], caption, predicted == label)

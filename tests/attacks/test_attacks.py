@@ -1,0 +1,143 @@
+"""FGSM and PGD on models with a known answer; AutoAttack through its library."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hpcguard.attacks import autoattack, fgsm, pgd
+from hpcguard.errors import InputError
+from hpcguard.metrics.accuracy import wilson_interval
+from hpcguard.metrics.robustness import is_right, survives, survives_pgd
+
+
+@pytest.fixture
+def linear() -> nn.Module:
+    """Two classes; the margin of class 0 is w.x + b, so its exact Linf distance is |margin| / |w|_1."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        model[1].weight.copy_(torch.randn(2, 12, generator=generator))
+        model[1].bias.zero_()
+    return model
+
+
+def middle_images(count: int) -> Tensor:
+    return 0.3 + 0.4 * torch.rand(count, 3, 2, 2, generator=torch.Generator().manual_seed(1))
+
+
+def exact_distance(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    weight = model[1].weight[0] - model[1].weight[1]
+    margin = (model(x)[:, 0] - model(x)[:, 1]) * torch.where(y == 0, 1.0, -1.0)
+    return (margin / weight.abs().sum()).detach()
+
+
+@pytest.mark.parametrize("start", [False, True])
+def test_gradient_attacks_are_optimal_on_a_linear_model(linear: nn.Module, start: bool) -> None:
+    x = middle_images(200)
+    y = linear(x).argmax(1)
+    distance = exact_distance(linear, x, y)
+    eps = float(distance.median())
+    noise = torch.empty_like(x).uniform_(-1, 1, generator=torch.Generator().manual_seed(2)) if start else None
+    clear = (distance - eps).abs() > 1e-4
+    for attacked in (fgsm(linear, x, y, eps), pgd(linear, x, y, eps, 20, start=noise)):
+        broken = linear(attacked).argmax(1) != y
+        assert torch.equal(broken[clear], (distance < eps)[clear])
+
+
+def test_attacks_stay_in_the_ball_and_in_the_pixel_range() -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.GELU(), nn.Flatten(), nn.Linear(4 * 49, 3))
+    x = torch.rand(16, 3, 8, 8).round(decimals=1)  # many pixels at the ends of the range
+    y = torch.randint(0, 3, (16,))
+    for eps in (2 / 255, 0.3):
+        noise = torch.empty_like(x).uniform_(-1, 1)
+        for attacked in (fgsm(model, x, y, eps), pgd(model, x, y, eps, 5, start=noise), pgd(model, x, y, eps, 3, 0.5)):
+            assert (attacked - x).abs().max() <= eps + 1e-6
+            assert attacked.min() >= 0
+            assert attacked.max() <= 1
+            assert not attacked.requires_grad
+            before, after = (functional.cross_entropy(model(each), y) for each in (x, attacked))
+            assert after > before
+
+
+def test_pgd_does_not_depend_on_the_batch() -> None:
+    torch.manual_seed(4)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x, y = middle_images(6).double(), torch.tensor([0, 1, 2, 0, 1, 2])
+    together = pgd(model, x, y, 0.1, 5)
+    alone = torch.cat([pgd(model, x[i : i + 1], y[i : i + 1], 0.1, 5) for i in range(6)])
+    assert torch.allclose(together, alone, atol=1e-12)
+
+
+def test_only_images_that_are_right_are_attacked(linear: nn.Module) -> None:
+    x = middle_images(10)
+    y = linear(x).argmax(1)
+    right = torch.arange(10) % 3 == 0
+    seen: list[int] = []
+
+    def attack(images: Tensor, labels: Tensor) -> Tensor:
+        seen.append(len(images))
+        return images
+
+    assert torch.equal(survives(linear, attack, x, y, right, 3), right)
+    assert seen == [3, 1]
+
+
+def test_restarts_only_lower_the_count(linear: nn.Module) -> None:
+    x = middle_images(50)
+    y = linear(x).argmax(1)
+    eps = float(exact_distance(linear, x, y).median())
+    right = torch.ones(50, dtype=torch.bool)
+    once = survives_pgd(linear, x, y, right, eps, 2, 1, 16, 0)
+    thrice = survives_pgd(linear, x, y, right, eps, 2, 3, 16, 0)
+    assert (thrice <= once).all()
+
+
+def test_nan_logits_are_never_right() -> None:
+    y = torch.zeros(3, dtype=torch.long)
+    logits = torch.tensor([[1.0, 0.0], [1.0, torch.nan], [torch.nan, 0.0]])
+    assert is_right(lambda x: logits[: len(x)], torch.zeros(3, 1, 8, 8), y, 3).tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("version", ["fast", "standard", "untargeted"])
+def test_autoattack_is_exact_on_a_linear_model(version: str) -> None:
+    """With few classes there are fewer than nine targets, which the library must be told."""
+    torch.manual_seed(5)
+    classes = 3 if version == "untargeted" else 5
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, classes)).eval()
+    x = middle_images(24)
+    y = model(x).argmax(1)
+    logits, weight = model(x), model[1].weight
+    margins = [
+        min(
+            ((logits[i, y[i]] - logits[i, j]) / (weight[y[i]] - weight[j]).abs().sum()).item()
+            for j in range(classes)
+            if j != y[i]
+        )
+        for i in range(24)
+    ]
+    distance = torch.tensor(margins)
+    eps = float(distance.median())
+    robust = autoattack(model, x, y, eps, version, 0, 16)  # type: ignore[arg-type]
+    clear = (distance - eps).abs() > 1e-3
+    assert torch.equal(robust[clear], (distance > eps)[clear])
+
+
+def test_wilson_interval_against_the_definition() -> None:
+    """The ends p solve (share - p)^2 = z^2 p (1 - p) / n."""
+    low, high = wilson_interval(7, 20)
+    for end in (low, high):
+        assert (7 / 20 - end) ** 2 == pytest.approx(1.96**2 * end * (1 - end) / 20)
+    assert low < 7 / 20 < high
+    assert wilson_interval(0, 10)[0] == 0
+    assert math.isclose(wilson_interval(10, 10)[1], 1)
+    assert wilson_interval(0, 0) == (0, 1)
+
+
+def test_autoattack_with_too_few_classes_says_what_to_use() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    with pytest.raises(InputError, match="needs 4 classes, the model has 2; use untargeted"):
+        autoattack(model, middle_images(2), torch.tensor([0, 1]), 0.1, "standard", 0, 16)

@@ -1,0 +1,47 @@
+"""Ranks: launching them, and refusing a world that is half described."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from hpcguard.cluster import ranks
+from hpcguard.cluster.devices import pick_device
+from hpcguard.errors import InputError
+
+WORLD = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+def test_every_rank_knows_the_world(tmp_path: Path) -> None:
+    code = (
+        "import sys; from hpcguard.cluster.ranks import torch_rank, is_first_rank; r = torch_rank();"
+        "open(f'{sys.argv[1]}/{r[0]}', 'w').write(f'{r[1]} {is_first_rank()}')"
+    )
+    assert ranks.run_ranks([sys.executable, "-c", code, str(tmp_path)], 2, 1) == 0
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"0": "2 True", "1": "2 False"}
+
+
+def test_one_failing_rank_ends_all_with_its_status() -> None:
+    code = "import os, sys, time; sys.exit(3) if os.environ['RANK'] == '1' else time.sleep(600)"
+    assert ranks.run_ranks([sys.executable, "-c", code], 2, 1) == 3
+    killed = "import os, time; os.kill(os.getpid(), 9) if os.environ['RANK'] == '1' else time.sleep(600)"
+    assert ranks.run_ranks([sys.executable, "-c", killed], 2, 1) == 128 + 9
+
+
+def test_half_a_world_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in WORLD:
+        monkeypatch.delenv(name, raising=False)
+    assert ranks.torch_rank() is None
+    for name, value in WORLD.items():
+        monkeypatch.setenv(name, value)
+    assert ranks.torch_rank() == (1, 4)
+    monkeypatch.delenv("MASTER_PORT")
+    with pytest.raises(InputError, match="but not MASTER_PORT"):
+        ranks.torch_rank()
+
+
+def test_devices() -> None:
+    assert pick_device("cpu").type == "cpu"
+    for name in ("gpu", "meta", "cuda:999"):
+        with pytest.raises(InputError, match=f"device = {name}"):
+            pick_device(name)

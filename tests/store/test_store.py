@@ -1,0 +1,190 @@
+"""Shards that verify or are refused, views over them, and the Dataset that joins them with images."""
+
+import json
+import shutil
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from hpcguard.config import DataConfig
+from hpcguard.data import load_images
+from hpcguard.errors import InputError
+from hpcguard.runs import digest_file, read_json, write_json
+from hpcguard.store import AttributionDataset, ShardWriter, build_view, open_rows, shard_problem, view_problem
+from hpcguard.store.schema import COLUMN
+
+
+def make_rows(ids: np.ndarray, segments: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Plausible rows; the last image has one segment less than the others."""
+    generator = np.random.default_rng([seed, int(ids[0])])
+    count = np.full(len(ids), segments)
+    count[-1] -= 1
+    maps = generator.integers(0, count[:, None, None], (len(ids), 8, 8))
+    coefficients = generator.normal(size=(len(ids), 2, segments))
+    coefficients[-1, :, -1] = np.nan
+    flat = {name: generator.random((len(ids), 2)) for name in ("probability", "intercept", "score")}
+    return {
+        "image_id": ids, "label": ids % 10, "predicted": ids % 7, "segments": maps, "num_segments": count,
+        "target": np.stack([ids % 10, (ids + 1) % 10], 1), "coefficients": coefficients,
+        "standard_error": np.abs(coefficients), "num_samples": np.full(len(ids), 64), **flat,
+    }  # fmt: skip
+
+
+def write(folder: Path, index: int, ids: np.ndarray, segments: int = 5) -> tuple[Path, Path]:
+    path, manifest = folder / f"shards/{index}.h5", folder / f"shards/{index}.json"
+    writer = ShardWriter(path, manifest, "print")
+    for unit in np.array_split(ids, 2):
+        writer.append(make_rows(unit, segments))
+    writer.publish(ids)
+    return path, manifest
+
+
+def test_a_shard_reads_back_in_the_types_of_the_schema(tmp_path: Path) -> None:
+    ids = np.arange(10, 20)
+    path, manifest = write(tmp_path, 0, ids)
+    assert shard_problem(path, manifest, ids, "print") is None
+    rows = open_rows(path)
+    expected = [make_rows(unit, 5) for unit in np.array_split(ids, 2)]
+    for name, column in COLUMN.items():
+        assert rows[name].dtype == np.dtype(column.dtype)
+        joined = np.concatenate([unit[name] for unit in expected]).astype(column.dtype)
+        assert np.array_equal(rows[name], joined, equal_nan=column.dtype.startswith("f"))
+    with h5py.File(path) as file:
+        assert all(file[name].fletcher32 and file[name].compression == "gzip" for name in COLUMN)
+    assert sorted(p.name for p in path.parent.iterdir()) == ["0.h5", "0.json"]
+
+
+def test_units_of_different_width_are_padded_with_nan(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path / "0.h5", tmp_path / "0.json", "print")
+    writer.append(make_rows(np.arange(3), 4))
+    writer.append(make_rows(np.arange(3, 6), 6))
+    writer.publish(np.arange(6))
+    coefficients = open_rows(tmp_path / "0.h5", ["coefficients"])["coefficients"]
+    assert coefficients.shape == (6, 2, 6)
+    assert np.isnan(coefficients[:3, :, 4:]).all()
+    assert np.isfinite(coefficients[:2, :, :4]).all()
+
+
+@pytest.mark.parametrize("column", ["image_id", "segments", "coefficients", "num_segments"])
+def test_every_flipped_bit_is_found(tmp_path: Path, column: str) -> None:
+    ids = np.arange(10)
+    path, manifest = write(tmp_path, 0, ids)
+    whole = bytearray(path.read_bytes())
+    with h5py.File(path) as file:
+        chunk = file[column].id.get_chunk_info(0)
+    for position in (0, 8, chunk.byte_offset + chunk.size // 2, len(whole) - 1):
+        damaged = bytearray(whole)
+        damaged[position] ^= 0x10
+        path.write_bytes(damaged)
+        assert shard_problem(path, manifest, ids, "print") == "its bytes differ from the manifest's digest"
+
+
+def test_a_wrong_or_torn_shard_says_why(tmp_path: Path) -> None:
+    ids = np.arange(10)
+    path, manifest = write(tmp_path, 0, ids)
+    assert shard_problem(path, manifest, ids, "other") == "made by another plan"
+    assert shard_problem(path, manifest, ids + 1, "print") == "holds other image ids than planned"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "differ" in str(shard_problem(path, manifest, ids, "print"))
+    # Even with a digest that fits, a file that HDF5 cannot read is refused.
+    write_json(manifest, {**read_json(manifest, ""), "sha256": digest_file(path)})
+    assert shard_problem(path, manifest, ids, "print") is not None
+    manifest.write_text(manifest.read_text()[:20])
+    assert "damaged" in str(shard_problem(path, manifest, ids, "print"))
+    manifest.unlink()
+    assert shard_problem(path, manifest, ids, "print") == "its manifest is missing"
+    path.unlink()
+    assert shard_problem(path, manifest, ids, "print") == "missing"
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "reason"),
+    [("coefficients", np.nan, "NaN"), ("probability", np.inf, "NaN or infinite"), ("num_segments", 0, "outside"),
+     ("segments", 5, "labels past")],
+)  # fmt: skip
+def test_impossible_rows_are_never_published(tmp_path: Path, column: str, value: float, reason: str) -> None:
+    ids = np.arange(4)
+    rows = make_rows(ids, 5)
+    rows[column].reshape(-1)[0] = value
+    writer = ShardWriter(tmp_path / "0.h5", tmp_path / "0.json", "print")
+    writer.append(rows)
+    with pytest.raises(RuntimeError, match=reason):
+        writer.publish(ids)
+    assert not list(tmp_path.iterdir())
+
+
+def test_labels_that_do_not_fit_eight_bits_are_not_published(tmp_path: Path) -> None:
+    ids = np.arange(2)
+    rows = make_rows(ids, 300)
+    rows["segments"][0, 0, 0] = 298
+    writer = ShardWriter(tmp_path / "0.h5", tmp_path / "0.json", "print", segments_dtype="u1")
+    writer.append(rows)
+    with pytest.raises(RuntimeError, match="segments differs"):
+        writer.publish(ids)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """Two shards, the second wider than the first, under a view."""
+    run = tmp_path / "run"
+    parts = [write(run, 0, np.arange(6), 4), write(run, 1, np.arange(6, 10), 7)]
+    shards, manifests = [part[0] for part in parts], [read_json(part[1], "") for part in parts]
+    build_view(run / "store.h5", shards, manifests, "print")
+    sources = {f"shards/{k}.h5": manifests[k]["sha256"] for k in range(2)}
+    write_json(run / "store.json", {"sha256": digest_file(run / "store.h5"), "sources": sources})
+    return run / "store.h5"
+
+
+def test_the_view_joins_shards_of_different_width_and_survives_a_move(store: Path, tmp_path: Path) -> None:
+    shutil.move(store.parent, tmp_path / "moved")
+    rows = open_rows(tmp_path / "moved/store.h5")
+    assert rows["image_id"].tolist() == list(range(10))
+    assert rows["coefficients"].shape == (10, 2, 7)
+    assert np.isnan(rows["coefficients"][:6, :, 4:]).all()
+    narrow = open_rows(tmp_path / "moved/shards/0.h5")
+    assert np.array_equal(rows["coefficients"][:6, :, :4], narrow["coefficients"], equal_nan=True)
+    assert np.array_equal(rows["segments"][:6], narrow["segments"])
+
+
+def test_a_view_over_a_missing_or_changed_shard_is_refused(store: Path) -> None:
+    manifest = store.with_suffix(".json")
+    assert view_problem(store, manifest) is None
+    shard = store.parent / "shards/1.h5"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert "has changed" in str(view_problem(store, manifest))
+    shard.unlink()
+    # The reason for the check: HDF5 itself reads fill values without a word.
+    assert (open_rows(store, ["image_id"])["image_id"][6:] == -1).all()
+    assert "shards/1.h5 is missing" in str(view_problem(store, manifest))
+
+
+def test_the_dataset_joins_by_image_id(store: Path) -> None:
+    images = load_images(DataConfig(), "train").subset([8, 2, 5])
+    dataset = AttributionDataset(store, images)
+    rows = open_rows(store)
+    dataset.flagged[1] = [True, False, False, False, False, False, True]
+    assert len(dataset) == 3
+    for position, image_id in enumerate([2, 5, 8]):
+        item = dataset[position]
+        assert np.array_equal(item["segments"], rows["segments"][image_id])
+        assert np.array_equal(item["image"], images.images([image_id])[0])
+        assert int(item["label"]) == images.labels_of([image_id])[0]
+    assert dataset.batch(np.array([2, 1]))["flagged"].tolist()[1] == dataset.flagged[1].tolist()
+
+
+def test_an_image_without_a_row_is_refused(store: Path) -> None:
+    images = load_images(DataConfig(), "train").subset([3, 11])
+    with pytest.raises(InputError, match=r"no row for 1 of 2 images \(first id 11\)"):
+        AttributionDataset(store, images)
+
+
+def test_manifests_describe_the_file(tmp_path: Path) -> None:
+    path, manifest = write(tmp_path, 0, np.arange(10))
+    recorded = json.loads(manifest.read_text())
+    assert recorded["sha256"] == digest_file(path)
+    assert recorded["rows"] == 10
+    assert recorded["columns"]["coefficients"] == ["<f4", [10, 2, 5]]
