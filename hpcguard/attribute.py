@@ -67,12 +67,12 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
 def _identity(config: Config, images: ImageSet, weights: Path) -> dict[str, Any]:
     """Everything that the stored values depend on."""
     return {
-        "data": {**config.data.model_dump(mode="json", exclude={"root"}), "sha256": images.digest()},
+        "data": {**config.data.identity(), "sha256": images.digest()},
         "model": {
-            **config.model.model_dump(mode="json", exclude={"weights"}),
+            **config.model.identity(),
             "weights_sha256": digest_file(weights),
         },
-        "attribution": config.attribution.model_dump(mode="json"),
+        "attribution": config.attribution.identity(),
     }
 
 

@@ -6,6 +6,7 @@ Every stage is a module with a docstring (its help), EXAMPLE, SECTIONS (the conf
 
 import argparse
 import importlib
+import itertools
 import sys
 import textwrap
 from pathlib import Path
@@ -25,11 +26,12 @@ def main(arguments: list[str] | None = None) -> int:
     if given and given[0] in ("-V", "--version"):
         print(f"hpcguard {__version__}")
         return 0
-    if given and given[0] in STAGES:
-        return run_stage(given[0], given[1:])
+    names = list(itertools.takewhile(STAGES.__contains__, given))
+    if names:
+        return _run_in_order(names, given[len(names) :])
     lines = [f"  {name:<12} {_summary(_stage(name))}" for name in STAGES]
     usage = "\n".join(
-        ["usage: hpcguard STAGE CONFIG.yaml [section.key=value ...]", "", "Stages, in their order:", *lines]
+        ["usage: hpcguard STAGE [STAGE ...] CONFIG.yaml [section.key=value ...]", "", "Stages, in their order:", *lines]
     )
     usage += "\n\n`hpcguard STAGE --help` shows an example and the keys. `hpcguard --version` shows the version."
     if given and given[0] in ("-h", "--help"):
@@ -38,6 +40,16 @@ def main(arguments: list[str] | None = None) -> int:
     wrong = f"{given[0]!r} is no stage: one of {', '.join(STAGES)}" if given else usage
     print(f"hpcguard: {wrong}" if given else wrong, file=sys.stderr)
     return 2
+
+
+def _run_in_order(names: list[str], given: list[str]) -> int:
+    """Several stages on one configuration, until one does not end well."""
+    for name in names:
+        if len(names) > 1:
+            print(f"── {name}", flush=True)
+        if status := run_stage(name, given):
+            return status
+    return 0
 
 
 def run_stage(name: str, given: list[str] | None = None) -> int:

@@ -6,7 +6,7 @@ Every key's meaning stands under its field; `--help` of a stage prints it from t
 import difflib
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from omegaconf import OmegaConf
@@ -39,8 +39,16 @@ class Section(BaseModel):
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
     )
 
+    PLACE: ClassVar[frozenset[str]] = frozenset()
+    """Keys that say where something lies or how fast it runs; results do not depend on them."""
+
+    def identity(self) -> dict[str, Any]:
+        """What results depend on: every key but PLACE, as JSON values."""
+        return self.model_dump(mode="json", exclude=set(self.PLACE))
+
 
 class DataConfig(Section):
+    PLACE = frozenset({"root"})
     name: Literal["digits", "fashion-mnist", "cifar10", "cifar100", "image-folder"] = "digits"
     """Image set. digits comes with scikit-learn; the others are read from data.root."""
     root: Path | None = None
@@ -56,6 +64,7 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
+    PLACE = frozenset({"weights"})
     name: str = "small-cnn"
     """small-cnn, resnet20-cifar, resnet18-cifar, any torchvision classifier, or your own as package.module:callable."""
     weights: Path | None = None
@@ -152,6 +161,7 @@ class SensitivityConfig(Section):
 
 
 class TrainingConfig(Section):
+    PLACE = frozenset({"deepspeed", "processes", "threads"})
     epochs: int = Field(10, gt=0)
     """Passes over the training split."""
     max_steps: int | None = Field(None, gt=0)
@@ -229,6 +239,7 @@ class BaselineConfig(TrainingConfig):
 
 
 class EvaluationConfig(Section):
+    PLACE = frozenset({"workers", "threads"})
     images: int | None = Field(None, gt=0)
     """Test images, drawn by data.seed; null: all."""
     eps: Epsilon = 8 / 255

@@ -102,9 +102,9 @@ def _identity(config: Config, folder: RunFolder, arm: str, test: ImageSet) -> di
     """Everything that a result depends on."""
     return {
         "weights_sha256": digest_file(_weights(config, folder, arm)),
-        "model": config.model.model_dump(mode="json", exclude={"weights"}),
-        "evaluation": config.evaluation.model_dump(mode="json", exclude={"workers", "threads"}),
-        "attribution": config.attribution.model_dump(mode="json"),
+        "model": config.model.identity(),
+        "evaluation": config.evaluation.identity(),
+        "attribution": config.attribution.identity(),
         "test_sha256": test.digest(),
     }
 
@@ -200,9 +200,7 @@ def _explain(
         for offset in (0, 1)
     )  # fmt: skip
     with publish(folder.explanations(arm)) as temporary:
-        write_rows(
-            temporary, rows_from(first, test.labels_of(ids)), digest_json(config.attribution.model_dump(mode="json"))
-        )
+        write_rows(temporary, rows_from(first, test.labels_of(ids)), digest_json(config.attribution.identity()))
     pairs = zip(first.coefficients[:, 0], second.coefficients[:, 0], strict=True)
     return float(np.mean([topk_jaccard(one, other) for one, other in pairs]))
 

@@ -1,6 +1,7 @@
 """Progress of long work: a rich bar on a terminal, plain lines elsewhere."""
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,35 +18,30 @@ def say(text: str) -> None:
 
 
 class Meter:
-    """How much of `total` is done; call advance(n), or note(text) to show something beside it."""
+    """How much of `total` is done; call advance(n) or set(done, note), or note(text) to show something beside it."""
 
     def __init__(self, what: str, total: int, unit: str, bar: Progress | None) -> None:
         self.what, self.total, self.unit, self._bar = what, total, unit, bar
         self.done, self._note = 0, ""
-        self._started = self._last_line = time.monotonic()
+        self._started = time.monotonic()
         self._task = bar.add_task(what, total=total, note="") if bar else None
 
     def advance(self, amount: int = 1) -> None:
-        self.done += amount
-        self._show()
+        self.set(self.done + amount, self._note)
+
+    def note(self, text: str) -> None:
+        self.set(self.done, text)
 
     def set(self, done: int, note: str = "") -> None:
         self.done, self._note = done, note
-        self._show()
-
-    def note(self, text: str) -> None:
-        self._note = text
-        self._show()
-
-    def _show(self) -> None:
-        now = time.monotonic()
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self.done, note=self._note)
-        elif now - self._last_line >= LINE_EVERY_S:
-            self._last_line = now
-            spent = now - self._started
-            left = f", {spent / self.done * (self.total - self.done):.0f} s left" if self.done else ""
-            say(f"{self.what}: {self.done}/{self.total} {self.unit} after {spent:.0f} s{left}  {self._note}".rstrip())
+            self._bar.update(self._task, completed=done, note=note)
+
+    def line(self) -> str:
+        """The state in one line, for where there is no terminal."""
+        spent = time.monotonic() - self._started
+        left = f", about {spent / self.done * (self.total - self.done):.0f} s left" if self.done else ""
+        return f"{self.what}: {self.done}/{self.total} {self.unit} after {spent:.0f} s{left}  {self._note}".rstrip()
 
 
 @contextmanager
@@ -53,7 +49,8 @@ def progress(what: str, total: int, unit: str) -> Iterator[Meter]:
     """Show progress of `total` units of work while the block runs."""
     console = Console(file=sys.stdout)
     if not console.is_terminal:
-        yield Meter(what, total, unit, None)
+        with _lines(Meter(what, total, unit, None)) as meter:
+            yield meter
         return
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
@@ -61,3 +58,21 @@ def progress(what: str, total: int, unit: str) -> Iterator[Meter]:
     )  # fmt: skip
     with Progress(*columns, console=console) as bar:
         yield Meter(what, total, unit, bar)
+
+
+@contextmanager
+def _lines(meter: Meter) -> Iterator[Meter]:
+    """A line every LINE_EVERY_S, also while nothing finishes: silence looks like a hang."""
+    ended = threading.Event()
+
+    def speak() -> None:
+        while not ended.wait(LINE_EVERY_S):
+            say(meter.line())
+
+    thread = threading.Thread(target=speak, daemon=True)
+    thread.start()
+    try:
+        yield meter
+    finally:
+        ended.set()
+        thread.join()

@@ -86,9 +86,9 @@ def _launch(arguments: argparse.Namespace, arm: str, training: TrainingConfig) -
 def _identity(config: Config, training: TrainingConfig, folder: RunFolder, images: ImageSet) -> dict[str, Any]:
     """Everything that an arm's weights depend on."""
     identity: dict[str, Any] = {
-        "training": training.model_dump(mode="json", exclude={"deepspeed", "threads", "processes"}),
-        "model": config.model.model_dump(mode="json", exclude={"weights"}),
-        "data": {**config.data.model_dump(mode="json", exclude={"root"}), "sha256": images.digest()},
+        "training": training.identity(),
+        "model": config.model.identity(),
+        "data": {**config.data.identity(), "sha256": images.digest()},
     }
     if training.deepspeed is not None:
         identity["deepspeed"] = read_deepspeed_json(training.deepspeed)
@@ -216,7 +216,7 @@ def _settle_log(path: Path) -> list[dict[str, Any]]:
 
 
 def _publish_weights(engine: Engine, config: Config, folder: RunFolder, arm: str, details: dict[str, Any]) -> None:
-    metadata = {"arm": arm, "model": config.model.model_dump_json(exclude={"weights"})}
+    metadata = {"arm": arm, "model": json.dumps(config.model.identity())}
     weights = folder.weights(arm)
     with publish(weights) as temporary:
         save_weights(engine.module.model, temporary, metadata)

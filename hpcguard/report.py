@@ -134,11 +134,11 @@ def _changed_settings(config: Config, arms: list[Arm]) -> list[str]:
     """Where the arms were made with other settings than the configuration that the page shows."""
     notes = []
     for arm in arms:
-        wanted = config.evaluation.model_dump(mode="json", exclude={"workers", "threads"})
+        wanted = config.evaluation.identity()
         if changed := differences(arm.evaluation, wanted):
             notes.append(f"{arm.name} was measured with other settings than this configuration: {changed}.")
         if arm.training and (arm.name != "baseline" or config.baseline is not None):
-            now = config.arm(arm.name).model_dump(mode="json", exclude={"deepspeed", "threads"})
+            now = config.arm(arm.name).identity()
             if changed := differences(arm.training["identity"]["training"], now):
                 notes.append(f"{arm.name} was trained with other settings than this configuration: {changed}.")
     return notes

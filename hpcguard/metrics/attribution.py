@@ -9,15 +9,14 @@ def row_statistics(rows: dict[str, np.ndarray], num_classes: int) -> Sums:
     """Sums a true class over store rows, float64 [K] each; the first explained label is the true one."""
     labels = rows["label"]
     magnitude = np.abs(rows["coefficients"][:, 0].astype(np.float64))
-    largest = np.nanmax(magnitude, axis=1)
-    error = np.nanmean(rows["standard_error"][:, 0].astype(np.float64), axis=1)
     per_row = {
         "images": np.ones(len(labels)),
         "right": (rows["predicted"] == labels).astype(np.float64),
         "segments": rows["num_segments"].astype(np.float64),
         "score": rows["score"][:, 0].astype(np.float64),
         "mean_abs_coefficient": np.nanmean(magnitude, axis=1),
-        "relative_error": error / np.maximum(largest, np.finfo(np.float32).tiny),
+        "standard_error": np.nanmean(rows["standard_error"][:, 0].astype(np.float64), axis=1),
+        "largest_coefficient": np.nanmax(magnitude, axis=1),
         "samples": rows["num_samples"].astype(np.float64),
     }
     return {name: np.bincount(labels, values, num_classes) for name, values in per_row.items()}
@@ -33,6 +32,8 @@ def summarise(sums: Sums) -> dict[str, float]:
     images = sums["images"].sum()
     means = {name: float(values.sum() / images) for name, values in sums.items() if name != "images"}
     means["accuracy"] = means.pop("right")
+    # Of the means, not a mean of ratios: a model that is sure of an image gives it coefficients near 0.
+    means["relative_error"] = means["standard_error"] / max(means["largest_coefficient"], np.finfo(np.float64).tiny)
     return {"images": float(images), **means}
 
 

@@ -1,7 +1,6 @@
 """Image sets: digits, Fashion-MNIST, CIFAR and image folders, whole, damaged and missing."""
 
 import gzip
-import os
 import pickle
 import re
 import struct
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from real_data import CIFAR10, needs_cifar10
 from sklearn.datasets import load_digits
 
 from hpcguard.config import DataConfig
@@ -243,10 +243,10 @@ def test_missing_and_damaged_cifar(tmp_path: Path, name: str, folder: str, first
     assert f"{tmp_path / folder / first}: damaged" in refusal(config, "test")
 
 
-@pytest.mark.skipif("HPCGUARD_CIFAR10" not in os.environ, reason="needs HPCGUARD_CIFAR10, CIFAR-10's folder")
+@needs_cifar10
 @pytest.mark.filterwarnings("error")
 def test_real_cifar10() -> None:
-    config = DataConfig(name="cifar10", root=Path(os.environ["HPCGUARD_CIFAR10"]))
+    config = DataConfig(name="cifar10", root=CIFAR10)
     test = load_images(config, "test")
     assert len(test) == 10000
     assert test.shape == (3, 32, 32)

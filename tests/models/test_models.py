@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from real_data import CIFAR10, RESNET20, needs_cifar10, needs_resnet20
 from safetensors import safe_open
 from torch import nn
 
@@ -15,12 +16,6 @@ from hpcguard.data import load_images
 from hpcguard.errors import InputError
 from hpcguard.models import Normalized, build_model, load_weights, save_weights
 from hpcguard.models.resnet_cifar import BasicBlock
-
-WEIGHTS = Path(os.environ.get("HPCGUARD_WEIGHTS", Path(__file__).parents[3] / "shared/data/weights"))
-RESNET20 = WEIGHTS / "resnet20-12fca82f.th"
-needs_weights = pytest.mark.skipif(
-    not RESNET20.is_file(), reason="needs HPCGUARD_WEIGHTS, the folder of resnet20-12fca82f.th"
-)
 
 
 def build(name: str = "small-cnn", classes: int = 10, channels: int = 1, **values: object) -> Normalized:
@@ -319,7 +314,7 @@ def test_files_without_a_state_dict(tmp_path: Path, content: object) -> None:
 # the published ResNet-20
 
 
-@needs_weights
+@needs_resnet20
 def test_published_resnet20_weights_load() -> None:
     model = build("resnet20-cifar", channels=3)
     load_weights(model, RESNET20)
@@ -327,12 +322,12 @@ def test_published_resnet20_weights_load() -> None:
     assert torch.equal(model.net.layer3[2].bn2.running_var, published["module.layer3.2.bn2.running_var"])
 
 
-@needs_weights
-@pytest.mark.skipif("HPCGUARD_CIFAR10" not in os.environ, reason="needs HPCGUARD_CIFAR10, CIFAR-10's folder")
+@needs_resnet20
+@needs_cifar10
 def test_published_resnet20_reaches_its_accuracy() -> None:
     model = build("resnet20-cifar", channels=3, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     load_weights(model, RESNET20)
-    test = load_images(DataConfig(name="cifar10", root=Path(os.environ["HPCGUARD_CIFAR10"])), "test")
+    test = load_images(DataConfig(name="cifar10", root=CIFAR10), "test")
     ids = test.ids[:1000]
     with torch.inference_mode():
         predicted = model(torch.from_numpy(test.images(ids))).argmax(1).numpy()
