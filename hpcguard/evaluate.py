@@ -57,7 +57,7 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
     if todo:
         folder.create()
         folder.record_config(config)
-        with progress("evaluate", ATTACKS * len(todo), "attacks") as meter:
+        with progress("evaluate", ATTACKS * len(todo), "attacks", even=False) as meter:
             task = partial(evaluate_arm, folder.path.resolve(), {arm: identities[arm] for arm in todo})
             outcome = run_local(
                 task, todo, config.evaluation.workers, config.evaluation.threads, config.cluster.attempts,

@@ -20,8 +20,8 @@ def say(text: str) -> None:
 class Meter:
     """How much of `total` is done; call advance(n) or set(done, note), or note(text) to show something beside it."""
 
-    def __init__(self, what: str, total: int, unit: str, bar: Progress | None) -> None:
-        self.what, self.total, self.unit, self._bar = what, total, unit, bar
+    def __init__(self, what: str, total: int, unit: str, even: bool, bar: Progress | None) -> None:
+        self.what, self.total, self.unit, self._even, self._bar = what, total, unit, even, bar
         self.done, self._note = 0, ""
         self._started = time.monotonic()
         self._task = bar.add_task(what, total=total, note="") if bar else None
@@ -40,24 +40,24 @@ class Meter:
     def line(self) -> str:
         """The state in one line, for where there is no terminal."""
         spent = time.monotonic() - self._started
-        left = f", about {spent / self.done * (self.total - self.done):.0f} s left" if self.done else ""
+        left = f", about {spent / self.done * (self.total - self.done):.0f} s left" if self.done and self._even else ""
         return f"{self.what}: {self.done}/{self.total} {self.unit} after {spent:.0f} s{left}  {self._note}".rstrip()
 
 
 @contextmanager
-def progress(what: str, total: int, unit: str) -> Iterator[Meter]:
-    """Show progress of `total` units of work while the block runs."""
+def progress(what: str, total: int, unit: str, even: bool = True) -> Iterator[Meter]:
+    """Show progress of `total` units of work while the block runs; the time left too if units cost about the same."""
     console = Console(file=sys.stdout)
     if not console.is_terminal:
-        with _lines(Meter(what, total, unit, None)) as meter:
+        with _lines(Meter(what, total, unit, even, None)) as meter:
             yield meter
         return
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
-        TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-    )  # fmt: skip
+    columns = [
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(),
+        *([TimeRemainingColumn()] if even else []), TextColumn("{task.fields[note]}"),
+    ]  # fmt: skip
     with Progress(*columns, console=console) as bar:
-        yield Meter(what, total, unit, bar)
+        yield Meter(what, total, unit, even, bar)
 
 
 @contextmanager

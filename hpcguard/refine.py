@@ -63,7 +63,7 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
     if is_first_rank():
         for arm in set(arms) - set(todo):
             say(f"refine: {arm} is trained already: {folder.weights(arm)}")
-    if world is None and todo:
+    if is_first_rank() and todo:
         folder.create()
         folder.record_config(config)
     for arm in todo:
