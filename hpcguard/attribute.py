@@ -21,7 +21,7 @@ from hpcguard.cluster.local import Report, run_local
 from hpcguard.cluster.plan import Plan, agree_on_plan, make_plan, read_plan
 from hpcguard.config import Config, load_config
 from hpcguard.data import ImageSet, load_images
-from hpcguard.models import load_model
+from hpcguard.models import fastest_layout, for_inference, load_model
 from hpcguard.progress import progress, say
 from hpcguard.runs import RunFolder, digest_file
 from hpcguard.store import ShardWriter, rows_from, shard_problem
@@ -147,7 +147,7 @@ def attribute_shard(run: Path, index: int, slot: int, report: Report) -> None:
 
 def probabilities(config: Config, images: ImageSet, weights: Path | None, device: torch.device) -> Any:
     """The model as a function from images in [0, 1] to probabilities."""
-    model = load_model(config.model, len(images.classes), images.shape[0], weights, device)
+    model = for_inference(load_model(config.model, len(images.classes), images.shape[0], weights, device))
     return lambda batch: model(batch).softmax(1)
 
 
@@ -155,7 +155,7 @@ def explain_unit(
     predict: Any, images: ImageSet, ids: np.ndarray, config: Config, device: torch.device
 ) -> dict[str, np.ndarray]:
     """Store rows of one unit: the true label and the strongest wrong one explained."""
-    pixels = torch.from_numpy(images.images(ids)).to(device)
+    pixels = fastest_layout(torch.from_numpy(images.images(ids)).to(device))
     labels = torch.from_numpy(images.labels_of(ids)).to(device)
     with torch.inference_mode():
         targets = true_and_runner_up(predict(pixels), labels)
@@ -175,7 +175,7 @@ def _dry_run(config: Config, images: ImageSet, folder: RunFolder) -> int:
         say(f"  ... and {plan.num_shards - 8} more")
     seconds, segments = _measure(config, images)
     workers = min(config.cluster.workers, plan.num_shards)
-    rows = len(images) * config.attribution.num_samples
+    rows = len(images) * config.attribution.most_samples
     say(f"sample       {SAMPLE_IMAGES} images: {segments:.0f} segments, {seconds:.3f} s an image on one worker")
     total = seconds * len(images)
     alone, together = _duration(total), _duration(total / workers)

@@ -84,10 +84,19 @@ class LimeConfig(Section):
     """Superpixels asked for (slic, grid); slic returns fewer on small images."""
     compactness: float | None = Field(None, gt=0)
     """slic's weight of closeness against colour; null: 10 for colour images, 0.1 for others."""
-    num_samples: int = Field(256, ge=2)
-    """Perturbed copies of an image, the image itself included."""
-    design: Literal["iid", "antithetic"] = "antithetic"
-    """How 0/1 rows are drawn: independent, or in pairs (z, 1-z), which needs about a third of the samples."""
+    num_samples: Literal["auto"] | Annotated[int, Field(ge=2)] = 256
+    """Perturbed copies of an image, the image itself included; auto: as many as `precision` needs."""
+    precision: float = Field(0.1, gt=0)
+    """auto stops when every 95% interval is within this share of the label's largest coefficient."""
+    min_samples: int = Field(128, ge=16)
+    """auto looks first after so many."""
+    max_samples: int = Field(2048, ge=16)
+    """auto stops after so many at the latest."""
+    design: Literal["lime", "iid", "antithetic", "hadamard", "sobol"] = "antithetic"
+    """How 0/1 rows are drawn: the lime package's own stream; independent; in pairs (z, 1-z); Hadamard blocks and their
+    complements; scrambled Sobol points. The last three need a third to a quarter of the samples."""
+    deduplicate: bool = True
+    """Evaluate equal rows of an image once; turn off for a model with randomness."""
     kernel_width: float = Field(0.25, gt=0)
     """Width of lime's exponential kernel on the cosine distance."""
     ridge: float = Field(1.0, gt=0)
@@ -105,7 +114,14 @@ class LimeConfig(Section):
     def _constant_fill_is_a_pixel(self) -> "LimeConfig":
         if self.fill != "mean" and not 0 <= float(self.fill) <= 1:
             raise ValueError(f"fill = {self.fill}: write mean or a constant from 0 to 1")
+        if self.min_samples > self.max_samples:
+            raise ValueError(f"min_samples = {self.min_samples} is more than max_samples = {self.max_samples}")
         return self
+
+    @property
+    def most_samples(self) -> int:
+        """Rows of one image at the most."""
+        return self.max_samples if self.num_samples == "auto" else self.num_samples
 
 
 class ClusterConfig(Section):

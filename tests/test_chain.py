@@ -139,7 +139,7 @@ def test_a_dry_run_starts_and_writes_nothing(
 ) -> None:
     assert run_stage("attribute", [str(make_config(tmp_path)), "--dry-run"]) == 0
     output = capsys.readouterr().out
-    for part in ("120 of digits", "4 shards", "shard 00003", "3,840 model rows", "s with 2 workers"):
+    for part in ("120 of digits", "4 shards", "shard 00003", "3,840 model rows", "s with one worker"):
         assert part in output
     assert not (tmp_path / "run").exists()
 

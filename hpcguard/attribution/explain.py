@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,15 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcguard.attribution.sampling import draw_samples, sample_clusters
+from hpcguard.attribution.adaptive import fit_adaptively, fit_all
+from hpcguard.attribution.forward import Perturber, Predict
+from hpcguard.attribution.sampling import Drawn, draw_samples
 from hpcguard.attribution.segments import relabel, segment_image
-from hpcguard.attribution.surrogate import fit_surrogate, lime_weights
 from hpcguard.config import LimeConfig
 
 if TYPE_CHECKING:
     from lime.lime_image import ImageExplanation
-
-Predict = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,8 @@ class Attribution:
     standard_error: np.ndarray  # float64 [B, L, S]
     intercept: np.ndarray  # float64 [B, L]
     score: np.ndarray  # float64 [B, L], weighted R^2
-    local_prediction: np.ndarray  # float64 [B, L]
+    local_prediction: np.ndarray  # float64 [B, L], the surrogate at the unperturbed image
+    effective_samples: np.ndarray  # float64 [B], (sum w)^2 / sum w^2, the same for every label
     num_samples: np.ndarray  # uint32 [B]
     images: np.ndarray  # float32 [B, C, H, W]
 
@@ -80,34 +79,30 @@ def explain_batch(
     host = batch.cpu().numpy()
     maps = _segment_maps(host, config) if segments is None else _own_segments(segments, host)
     counts = maps.reshape(len(maps), -1).max(1) + 1
-    rows = _sample_rows(ids, counts, config) if samples is None else _own_samples(samples, counts)
-    clusters = sample_clusters(config.design if samples is None else "iid", rows.shape[1])
-
-    map_tensor, row_tensor = torch.as_tensor(maps, device=batch.device), torch.as_tensor(rows, device=batch.device)
-    hidden = _hidden_fill(batch, map_tensor, int(counts.max()), config.fill)
-    original = _predict_originals(predict, batch, ids, config.batch_size)
+    drawn = _draw(ids, counts, config) if samples is None else _own_samples(samples, counts)
+    map_tensor = torch.as_tensor(maps, device=batch.device)
+    hidden = hidden_fill(batch, map_tensor, int(counts.max()), config.fill)
+    perturber = Perturber(predict, batch, hidden, map_tensor, np.asarray(ids), config.batch_size)
+    original = perturber.originals()
     labels = _targets(original, targets)
-    probability = _predict_perturbed(predict, batch, hidden, map_tensor, row_tensor, original, labels, ids, config)
-
-    count_tensor = torch.as_tensor(counts, device=batch.device)
-    weights = lime_weights(row_tensor, count_tensor, config.kernel_width)
-    surrogate = fit_surrogate(
-        row_tensor, probability, weights, config.ridge, torch.as_tensor(clusters, device=batch.device)
-    )
-    past_end = (torch.arange(rows.shape[2], device=batch.device) >= count_tensor[:, None])[:, None]
+    if samples is None and config.num_samples == "auto":
+        fitted = fit_adaptively(perturber, drawn, original.gather(1, labels), labels, config)
+    else:
+        fitted = fit_all(perturber, drawn, original.gather(1, labels), labels, config)
     return Attribution(
         image_ids=np.asarray(ids, np.int64),
         targets=labels.cpu().numpy().astype(np.int32),
         predicted=original.argmax(1).cpu().numpy().astype(np.int32),
-        probability=probability[:, 0].float().cpu().numpy(),
+        probability=original.gather(1, labels).cpu().numpy(),
         segments=maps.astype(np.uint16),
         num_segments=counts.astype(np.uint16),
-        coefficients=surrogate.coefficients.masked_fill(past_end, torch.nan).cpu().numpy(),
-        standard_error=surrogate.standard_error.masked_fill(past_end, torch.nan).cpu().numpy(),
-        intercept=surrogate.intercept.cpu().numpy(),
-        score=surrogate.score.cpu().numpy(),
-        local_prediction=surrogate.local_prediction.cpu().numpy(),
-        num_samples=np.full(len(ids), rows.shape[1], np.uint32),
+        coefficients=_padded([fit.surrogate.coefficients for fit in fitted]),
+        standard_error=_padded([fit.surrogate.standard_error for fit in fitted]),
+        intercept=_stacked([fit.surrogate.intercept for fit in fitted]),
+        score=_stacked([fit.surrogate.score for fit in fitted]),
+        local_prediction=_stacked([fit.surrogate.local_prediction for fit in fitted]),
+        effective_samples=np.array([fit.surrogate.effective_samples for fit in fitted]),
+        num_samples=np.array([fit.num_samples for fit in fitted], np.uint32),
         images=host,
     )
 
@@ -133,26 +128,36 @@ def _own_segments(segments: np.ndarray, images: np.ndarray) -> np.ndarray:
     return dense
 
 
-def _sample_rows(ids: np.ndarray, counts: np.ndarray, config: LimeConfig) -> np.ndarray:
-    rows = np.zeros((len(ids), config.num_samples, counts.max()), bool)
-    for row, image_id, count in zip(rows, ids, counts, strict=True):
-        row[:, :count] = draw_samples(config.design, config.seed, int(image_id), config.num_samples, int(count))
-    return rows
+def _draw(ids: np.ndarray, counts: np.ndarray, config: LimeConfig) -> list[Drawn]:
+    return [
+        draw_samples(config.design, config.seed, int(image_id), config.most_samples, int(count))
+        for image_id, count in zip(ids, counts, strict=True)
+    ]
 
 
-def _own_samples(samples: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def _own_samples(samples: np.ndarray, counts: np.ndarray) -> list[Drawn]:
     rows = np.array(samples, bool)
     if rows.ndim != 3 or len(rows) != len(counts) or rows.shape[2] < counts.max():
         raise ValueError(f"samples: expected [{len(counts)}, N, S >= {counts.max()}], got {rows.shape}")
-    rows = rows[:, :, : counts.max()]
-    for row, count in zip(rows, counts, strict=True):
-        row[:, count:] = False
-        if not row[0, :count].all():
-            raise ValueError("samples: row 0 must be all ones, the image itself")
-    return rows
+    own = [row[:, :count] for row, count in zip(rows, counts, strict=True)]
+    if not all(row[0].all() for row in own):
+        raise ValueError("samples: row 0 must be all ones, the image itself")
+    return [Drawn(row) for row in own]
 
 
-def _hidden_fill(batch: Tensor, maps: Tensor, count: int, fill: str | float) -> Tensor:
+def _padded(parts: list[Tensor]) -> np.ndarray:
+    """[L, S_i] each to [B, L, S], NaN past an image's own segments."""
+    widest = max(part.shape[1] for part in parts)
+    return np.stack(
+        [np.pad(part.cpu().numpy(), ((0, 0), (0, widest - part.shape[1])), constant_values=np.nan) for part in parts]
+    )
+
+
+def _stacked(parts: list[Tensor]) -> np.ndarray:
+    return torch.stack(parts).cpu().numpy()
+
+
+def hidden_fill(batch: Tensor, maps: Tensor, count: int, fill: str | float) -> Tensor:
     """What each pixel shows when its segment is hidden, float32 [B, C, H, W]."""
     if fill != "mean":
         return torch.full_like(batch, float(fill))
@@ -172,75 +177,3 @@ def _targets(original: Tensor, targets: np.ndarray | None) -> Tensor:
         shape, classes = tuple(labels.shape), original.shape[1]
         raise ValueError(f"targets: expected [{len(original)}, L] with labels below {classes}, got shape {shape}")
     return labels
-
-
-def _checked(probability: Tensor, rows: int, owners: np.ndarray) -> Tensor:
-    """The model's answer, if it is [rows, K] and finite; `owners` are the image ids of the rows."""
-    if probability.ndim != 2 or len(probability) != rows:
-        raise ValueError(f"predict: expected probabilities [{rows}, K], got {tuple(probability.shape)}")
-    finite = torch.isfinite(probability).all(1)
-    if not finite.all():
-        bad = np.unique(owners[~finite.cpu().numpy()])
-        raise ValueError(f"predict: NaN or infinite probabilities for image ids {bad[:5].tolist()}")
-    return probability
-
-
-@torch.inference_mode()
-def _predict_originals(predict: Predict, batch: Tensor, ids: np.ndarray, batch_size: int) -> Tensor:
-    parts = [
-        _checked(predict(batch[start : start + batch_size]), len(owners), owners)
-        for start in range(0, len(batch), batch_size)
-        for owners in (ids[start : start + batch_size],)
-    ]
-    return torch.cat(parts)
-
-
-@torch.inference_mode()
-def _predict_perturbed(
-    predict: Predict,
-    batch: Tensor,
-    hidden: Tensor,
-    maps: Tensor,
-    rows: Tensor,
-    original: Tensor,
-    labels: Tensor,
-    ids: np.ndarray,
-    config: LimeConfig,
-) -> Tensor:
-    """Probabilities [B, N, L] of the explained labels; config.batch_size images are all that is in flight."""
-    size, num_samples = rows.shape[:2]
-    probability = original.new_empty(size, num_samples, labels.shape[1])
-    probability[:, 0] = original.gather(1, labels)
-    buffer = batch.new_empty(min(config.batch_size, size * (num_samples - 1)), *batch.shape[1:])
-    for spans in _model_batches(size, num_samples, config.batch_size):
-        filled = 0
-        for image, first, last in spans:
-            shown = rows[image, first:last].index_select(1, maps[image].flatten())
-            shown = shown.reshape(-1, 1, *maps.shape[1:])
-            torch.where(shown, batch[image], hidden[image], out=buffer[filled : filled + last - first])
-            filled += last - first
-        owners = np.concatenate([np.full(last - first, ids[image]) for image, first, last in spans])
-        answer = _checked(predict(buffer[:filled]), filled, owners)
-        start = 0
-        for image, first, last in spans:
-            probability[image, first:last] = answer[start : start + last - first][:, labels[image]]
-            start += last - first
-    return probability
-
-
-def _model_batches(size: int, num_samples: int, batch_size: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Rows 1..N-1 of every image, packed into model batches of (image, first row, last row + 1)."""
-    spans: list[tuple[int, int, int]] = []
-    room = batch_size
-    for image in range(size):
-        first = 1
-        while first < num_samples:
-            last = min(num_samples, first + room)
-            spans.append((image, first, last))
-            room -= last - first
-            first = last
-            if room == 0:
-                yield spans
-                spans, room = [], batch_size
-    if spans:
-        yield spans

@@ -14,7 +14,7 @@ from torch import nn
 from hpcguard.config import DataConfig, ModelConfig
 from hpcguard.data import load_images
 from hpcguard.errors import InputError
-from hpcguard.models import Normalized, build_model, load_weights, save_weights
+from hpcguard.models import Normalized, build_model, fastest_layout, for_inference, load_weights, save_weights
 from hpcguard.models.resnet_cifar import BasicBlock
 
 
@@ -332,3 +332,28 @@ def test_published_resnet20_reaches_its_accuracy() -> None:
     with torch.inference_mode():
         predicted = model(torch.from_numpy(test.images(ids))).argmax(1).numpy()
     assert (predicted == test.labels_of(ids)).mean() >= 0.89
+
+
+@pytest.mark.parametrize("name", ["small-cnn", "resnet20-cifar", "resnet18-cifar"])
+def test_the_quick_copy_gives_the_same_logits(name: str) -> None:
+    model = build(name, channels=3, mean=(0.5, 0.4, 0.3), std=(0.2,))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    model.eval()
+    quick = for_inference(model)
+    images = torch.rand(4, 3, 32, 32)
+    with torch.inference_mode():
+        assert torch.allclose(quick(fastest_layout(images)), model(images), atol=1e-4, rtol=1e-4)
+    assert not [module for module in quick.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_net_that_cannot_be_traced_runs_as_it_is() -> None:
+    class Branching(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.mean((2, 3)) if x.sum() > 0 else -x.mean((2, 3))
+
+    images = -torch.rand(2, 3, 8, 8)
+    assert torch.equal(for_inference(Normalized(Branching()))(images), -images.mean((2, 3)))
