@@ -18,10 +18,11 @@ import torch
 from hpcguard.attribution import explain_batch, true_and_runner_up
 from hpcguard.cluster.devices import pick_device
 from hpcguard.cluster.local import Report, run_local
-from hpcguard.cluster.plan import Plan, agree_on_plan, make_plan, read_plan
-from hpcguard.config import Config, load_config
+from hpcguard.cluster.plan import Plan, agree_on_plan, attribution_identity, make_plan, require_plan
+from hpcguard.config import Config
 from hpcguard.data import ImageSet, load_images
-from hpcguard.models import fastest_layout, for_inference, load_model
+from hpcguard.errors import InputError
+from hpcguard.models import check_answers, fastest_layout, for_inference, load_model
 from hpcguard.progress import progress, say
 from hpcguard.runs import RunFolder, digest_file
 from hpcguard.store import ShardWriter, rows_from, shard_problem
@@ -47,33 +48,21 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return _dry_run(config, images, folder)
     weights = folder.explained_weights(config)
-    identity = _identity(config, images, weights)
-    load_model(config.model, len(images.classes), images.shape[0], weights)  # a mismatch is refused before work starts
+    identity = attribution_identity(config, images, digest_file(weights))
+    model = load_model(config.model, len(images.classes), images.shape[0], weights)
+    check_answers(model, torch.from_numpy(images.images(images.ids[:1])), len(images.classes))
     folder.create()
     plan = agree_on_plan(folder.plan, make_plan(images.ids, config.attribution.unit, config.cluster.shards, identity))
     if plan.num_shards != config.cluster.shards:
         say(f"plan: {plan.num_shards} shards, as first planned (cluster.shards = {config.cluster.shards} is not used)")
-    folder.record_config(
-        config, data_sha256=identity["data"]["sha256"], weights_sha256=identity["model"]["weights_sha256"]
-    )
+    digests = {"data_sha256": identity["data"]["sha256"], "weights_sha256": identity["model"]["weights_sha256"]}
+    folder.record_config(config, **digests)
     problems = {index: _problem(folder, plan, images, index) for index in range(plan.num_shards)}
     todo = [index for index, problem in problems.items() if problem]
     _say_what_remains(problems, plan, folder)
     if not todo:
         return 0
     return _run_shards(config, folder, plan, images, todo)
-
-
-def _identity(config: Config, images: ImageSet, weights: Path) -> dict[str, Any]:
-    """Everything that the stored values depend on."""
-    return {
-        "data": {**config.data.identity(), "sha256": images.digest()},
-        "model": {
-            **config.model.identity(),
-            "weights_sha256": digest_file(weights),
-        },
-        "attribution": config.attribution.identity(),
-    }
 
 
 def _problem(folder: RunFolder, plan: Plan, images: ImageSet, index: int) -> str | None:
@@ -112,7 +101,7 @@ def _run_shards(config: Config, folder: RunFolder, plan: Plan, images: ImageSet,
             meter.note(f"shard {index:05d} {'FAILED' if problem else 'done'}")
 
         outcome = run_local(
-            partial(attribute_shard, folder.path.resolve()), todo, config.cluster.workers, config.cluster.threads,
+            partial(attribute_shard, config, plan), todo, config.cluster.workers, config.cluster.threads,
             config.cluster.attempts, on_progress, on_end,
         )  # fmt: skip
     rate = len(images) / (time.monotonic() - started)
@@ -128,17 +117,17 @@ def _run_shards(config: Config, folder: RunFolder, plan: Plan, images: ImageSet,
     return 1 if outcome.failed else 0
 
 
-def attribute_shard(run: Path, index: int, slot: int, report: Report) -> None:
-    """Explain one shard of a planned run and publish it; `slot` chooses the GPU where there are several."""
-    config, folder = load_config(run), RunFolder(run)
-    plan = read_plan(folder.plan)
+def attribute_shard(config: Config, plan: Plan, index: int, slot: int, report: Report) -> None:
+    """Explain one shard of a plan and publish it; `slot` chooses the GPU where there are several."""
+    folder = RunFolder(config.run)
     images = load_images(config.data, "train")
     device = pick_device(config.device, slot)
-    predict = probabilities(config, images, folder.explained_weights(config), device)
-    dtype = (
-        "u1" if config.attribution.segmentation in ("slic", "grid") and config.attribution.num_segments <= 128 else "u2"
-    )
-    writer = ShardWriter(folder.shard(index), folder.manifest(index), plan.fingerprint, dtype)
+    weights = folder.explained_weights(config)
+    if digest_file(weights) != plan.identity["model"]["weights_sha256"]:
+        raise InputError(f"{weights}: changed since the plan was made; restore it, or set run to another folder")
+    predict = probabilities(config, images, weights, device)
+    narrow = config.attribution.segmentation in ("slic", "grid") and config.attribution.num_segments <= 128
+    writer = ShardWriter(folder.shard(index), folder.manifest(index), plan.fingerprint, "u1" if narrow else "u2")
     for ids in plan.units(index, images.ids):
         writer.append(explain_unit(predict, images, ids, config, device))
         report(1)
@@ -147,7 +136,8 @@ def attribute_shard(run: Path, index: int, slot: int, report: Report) -> None:
 
 def probabilities(config: Config, images: ImageSet, weights: Path | None, device: torch.device) -> Any:
     """The model as a function from images in [0, 1] to probabilities."""
-    model = for_inference(load_model(config.model, len(images.classes), images.shape[0], weights, device))
+    example = torch.from_numpy(images.images(images.ids[:2]))
+    model = for_inference(load_model(config.model, len(images.classes), images.shape[0], weights), example).to(device)
     return lambda batch: model(batch).softmax(1)
 
 
@@ -164,24 +154,35 @@ def explain_unit(
 
 
 def _dry_run(config: Config, images: ImageSet, folder: RunFolder) -> int:
-    plan = make_plan(images.ids, config.attribution.unit, config.cluster.shards, {})
+    plan, done = _planned(config, images, folder)
     say(f"run folder   {folder.path}{' (exists)' if folder.path.exists() else ''}")
     say(f"images       {len(images)} of {images.name}, {'x'.join(map(str, images.shape))}")
     say(f"plan         {plan.num_shards} shards of at most {max(np.diff(plan.bounds))} images, units of {plan.unit}")
     for index in range(min(plan.num_shards, 8)):
         ids = plan.shard_ids(index, images.ids)
-        say(f"  shard {index:05d}  {len(ids)} images, ids {ids[0]} to {ids[-1]}")
+        say(f"  shard {index:05d}  {len(ids)} images, ids {ids[0]} to {ids[-1]}{', done' if index in done else ''}")
     if plan.num_shards > 8:
-        say(f"  ... and {plan.num_shards - 8} more")
+        say(f"  ... and {plan.num_shards - 8} more; {len(done)} of all are done")
     seconds, segments = _measure(config, images)
     workers = min(config.cluster.workers, plan.num_shards)
-    rows = len(images) * config.attribution.most_samples
+
     say(f"sample       {SAMPLE_IMAGES} images: {segments:.0f} segments, {seconds:.3f} s an image on one worker")
-    total = seconds * len(images)
+    left = len(images) - sum(len(plan.shard_ids(index, images.ids)) for index in done)
+    total = seconds * left
     alone, together = _duration(total), _duration(total / workers)
+    rows = left * config.attribution.most_samples
     say(f"cost         {rows:,} model rows, {alone} with one worker, {together} with {workers}")
     say("dry run: nothing was started or written")
     return 0
+
+
+def _planned(config: Config, images: ImageSet, folder: RunFolder) -> tuple[Plan, set[int]]:
+    """The folder's plan, if it has one that fits, else the one that would be made; and which shards are done."""
+    if not folder.plan.exists():
+        return make_plan(images.ids, config.attribution.unit, config.cluster.shards, {}), set()
+    identity = attribution_identity(config, images, digest_file(folder.explained_weights(config)))
+    plan = require_plan(folder.plan, identity)
+    return plan, {index for index in range(plan.num_shards) if not _problem(folder, plan, images, index)}
 
 
 def _duration(seconds: float) -> str:

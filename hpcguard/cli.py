@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from hpcguard import __version__
-from hpcguard.cluster.ranks import is_first_rank
+from hpcguard.cluster.ranks import end_world, rank_name
 from hpcguard.config import describe_keys, load_config
 from hpcguard.errors import InputError
 
@@ -46,7 +46,7 @@ def _run_in_order(names: list[str], given: list[str]) -> int:
     """Several stages on one configuration, until one does not end well."""
     for name in names:
         if len(names) > 1:
-            print(f"── {name}", flush=True)
+            print(f"== {name}", flush=True)
         if status := run_stage(name, given):
             return status
     return 0
@@ -61,9 +61,12 @@ def run_stage(name: str, given: list[str] | None = None) -> int:
         config = load_config(Path(arguments.config), arguments.overrides)
         return int(stage.run(config, arguments))
     except InputError as error:
-        if is_first_rank():  # all ranks of a job find the same fault; one of them says so
-            print(f"hpcguard {name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        print(f"hpcguard {name}: {rank_name()}{' '.join(str(error).split())}", file=sys.stderr)
+        return end_world(2)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"hpcguard {name}: {rank_name()}{where}{error.strerror or error}", file=sys.stderr)
+        return end_world(2)
     except KeyboardInterrupt:
         print(f"hpcguard {name}: interrupted; the same command goes on from here", file=sys.stderr)
         return 130

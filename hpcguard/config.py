@@ -59,7 +59,7 @@ class DataConfig(Section):
     """Use only so many training images, drawn by data.seed; null: all."""
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the training images held out as the validation split, drawn by data.seed."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """Seed of those two draws."""
 
 
@@ -71,7 +71,7 @@ class ModelConfig(Section):
     """Weights of the model to be explained (.safetensors, .pt, .pth, .th); null: checkpoints/baseline of the run."""
     mean: tuple[float, ...] | None = None
     """Channel means for normalisation inside the model; null: 0."""
-    std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    std: tuple[Annotated[float, Field(ge=1e-6)], ...] | None = None
     """Channel standard deviations for normalisation inside the model; null: 1."""
     options: dict[str, Any] = {}
     """Keyword arguments for the model's constructor."""
@@ -84,30 +84,30 @@ class LimeConfig(Section):
     """Superpixels asked for (slic, grid); slic returns fewer on small images."""
     compactness: float | None = Field(None, gt=0)
     """slic's weight of closeness against colour; null: 10 for colour images, 0.1 for others."""
-    num_samples: Literal["auto"] | Annotated[int, Field(ge=2)] = 256
+    num_samples: Literal["auto"] | Annotated[int, Field(ge=2, le=10_000_000)] = 256
     """Perturbed copies of an image, the image itself included; auto: as many as `precision` needs."""
     precision: float = Field(0.1, gt=0)
     """auto stops when every 95% interval is within this share of the label's largest coefficient."""
     min_samples: int = Field(128, ge=16)
     """auto looks first after so many."""
-    max_samples: int = Field(2048, ge=16)
+    max_samples: int = Field(2048, ge=16, le=10_000_000)
     """auto stops after so many at the latest."""
     design: Literal["lime", "iid", "antithetic", "hadamard", "sobol"] = "antithetic"
     """How 0/1 rows are drawn: the lime package's own stream; independent; in pairs (z, 1-z); Hadamard blocks and their
     complements; scrambled Sobol points. The last three need a third to a quarter of the samples."""
     deduplicate: bool = True
     """Evaluate equal rows of an image once; turn off for a model with randomness."""
-    kernel_width: float = Field(0.25, gt=0)
+    kernel_width: float = Field(0.25, ge=0.01, le=100)
     """Width of lime's exponential kernel on the cosine distance."""
-    ridge: float = Field(1.0, gt=0)
+    ridge: float = Field(1.0, ge=1e-9)
     """L2 penalty of the surrogate (lime: 1)."""
     fill: Literal["mean"] | float = "mean"
     """What a hidden segment shows: its own mean colour, or a constant in [0, 1]."""
-    batch_size: int = Field(256, gt=0)
+    batch_size: int = Field(256, gt=0, le=1_000_000)
     """Perturbed images in one forward pass; the most that are in memory at once."""
     unit: int = Field(16, gt=0)
     """Consecutive images that are always computed together: what makes results independent of shards and workers."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """Seed; each image's random numbers are keyed by (seed, image id)."""
 
     @model_validator(mode="after")
@@ -127,13 +127,13 @@ class LimeConfig(Section):
 class ClusterConfig(Section):
     executor: Literal["local"] = "local"
     """Where tasks run: local is a bounded pool of worker processes on this machine."""
-    workers: int = Field(2, gt=0)
+    workers: int = Field(2, gt=0, le=1024)
     """Worker processes at once (at most one a shard)."""
     shards: int = Field(4, gt=0)
     """Shards to plan. The stored values do not depend on it."""
-    threads: int = Field(1, gt=0)
+    threads: int = Field(1, gt=0, le=1024)
     """Torch threads of each worker process."""
-    mpi_ranks: int = Field(1, gt=0)
+    mpi_ranks: int = Field(1, gt=0, le=1024)
     """Ranks that consolidate starts when it is not already under mpiexec or srun."""
     attempts: int = Field(2, gt=0)
     """Times that a task is tried when its worker process dies."""
@@ -210,11 +210,11 @@ class TrainingConfig(Section):
     """deepspeed, or plain torch in one process (the reference)."""
     deepspeed: Path | None = None
     """DeepSpeed JSON, for example configs/deepspeed/zero1.json; null: ZeRO 0, float32."""
-    processes: int = Field(1, gt=0)
+    processes: int = Field(1, gt=0, le=1024)
     """Processes that refine starts here when no launcher (srun, torchrun, mpiexec, deepspeed) has started it."""
-    threads: int = Field(1, gt=0)
+    threads: int = Field(1, gt=0, le=1024)
     """Torch threads of each training process on a CPU."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """Seed of initialisation, order, augmentation and attack noise."""
 
     @property
@@ -267,15 +267,15 @@ class EvaluationConfig(Section):
     autoattack: Literal["standard", "rand", "fast", "untargeted", "none"] = "standard"
     """AutoAttack's version (pyautoattack). Named so in the results: fast is its apgd-ce and apgd-t alone, untargeted
     its apgd-ce, fab and square, for fewer than 4 classes."""
-    batch_size: int = Field(256, gt=0)
+    batch_size: int = Field(256, gt=0, le=1_000_000)
     """Images in one forward pass."""
     explained: int = Field(8, ge=0)
     """Test images explained with every model, for the report's pictures."""
-    workers: int = Field(1, gt=0)
+    workers: int = Field(1, gt=0, le=1024)
     """Models evaluated at once, each in a process of its own."""
-    threads: int = Field(1, gt=0)
+    threads: int = Field(1, gt=0, le=1024)
     """Torch threads of each worker process."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the attacks."""
 
 
@@ -355,7 +355,7 @@ def load_config(source: Path, overrides: list[str] | None = None) -> Config:
     try:
         combined = OmegaConf.merge(OmegaConf.create(merged), OmegaConf.from_dotlist(list(overrides or [])))
         values = OmegaConf.to_container(combined, resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{path} with {overrides or 'no overrides'}: {str(error).splitlines()[0]}") from error
     try:
         return Config.model_validate(values)
@@ -368,7 +368,7 @@ def load_config(source: Path, overrides: list[str] | None = None) -> Config:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
         raise InputError(f"{path}: {where}not valid YAML ({getattr(error, 'problem', None) or error})") from error
@@ -384,12 +384,22 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
     """One line for a validation error: key, value, what is allowed."""
     details = error.errors(include_url=False)
-    first = _explain_one(details[0], model, prefix)
-    return first if len(details) == 1 else f"{first} (and {len(details) - 1} more)"
+    keys = [_keys(detail) for detail in details]
+    same = [detail for detail, key in zip(details, keys, strict=True) if key == keys[0]]
+    line = _explain_one(details[0], model, prefix)
+    # One key that takes either of several types is one mistake, with several ways to mend it.
+    line += "".join(f", or {detail['msg'][0].lower()}{detail['msg'][1:]}" for detail in same[1:])
+    return line if len(same) == len(details) else f"{line} (and {len(details) - len(same)} more)"
+
+
+def _keys(detail: ErrorDetails) -> list[str]:
+    """Where a validation error lies, without the names that pydantic gives to the members of a union."""
+    members = ("literal[", "float", "int", "constrained-")
+    return [str(part) for part in detail["loc"] if not str(part).startswith(members)]
 
 
 def _explain_one(detail: ErrorDetails, model: type[BaseModel], prefix: str) -> str:
-    keys = [str(part) for part in detail["loc"] if not str(part).startswith(("literal[", "float", "int"))]
+    keys = _keys(detail)
     name = ".".join([*([prefix] if prefix else []), *keys])
     if detail["type"] == "extra_forbidden":
         allowed = list(_section(model, keys[:-1]).model_fields)
@@ -426,6 +436,12 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def _show_default(value: Any) -> str:
+    if isinstance(value, float) and 0 < value < 1 and (255 * value).is_integer():
+        return f"{255 * value:.0f}/255"
+    return "null" if value is None else str(value)
+
+
 def describe_keys(
     model: type[BaseModel] = Config, prefix: str = "", sections: tuple[str, ...] = ()
 ) -> list[tuple[str, str, str]]:
@@ -438,6 +454,6 @@ def describe_keys(
         if nested:
             rows += describe_keys(nested[0], f"{prefix}{key}.")
         else:
-            default = "null" if field.default is None else str(field.default)
+            default = _show_default(field.default)
             rows.append((prefix + key, default, field.description or ""))
     return rows

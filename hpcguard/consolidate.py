@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hpcguard.cluster.plan import Plan, read_plan
+from hpcguard.cluster.plan import Plan, attribution_identity, require_plan
 from hpcguard.cluster.ranks import Communicator, communicator, mpi_command, mpi_environment, under_mpi
 from hpcguard.config import Config
 from hpcguard.data import ImageSet, load_images
@@ -21,12 +21,13 @@ from hpcguard.metrics.attribution import combine_statistics, row_statistics, sum
 from hpcguard.progress import say
 from hpcguard.runs import RunFolder, digest_file, read_json, write_json
 from hpcguard.store import build_view, open_rows, shard_problem, view_problem
+from hpcguard.store.view import REDO
 
 EXAMPLE = (
     "python -m hpcguard.consolidate configs/quickstart.yaml cluster.mpi_ranks=2",
     "mpiexec -n 4 python -m hpcguard.consolidate runs/quickstart",
 )
-SECTIONS = ("data", "cluster")
+SECTIONS = ("data", "model", "attribution", "cluster")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(config: Config, arguments: argparse.Namespace) -> int:
     folder = RunFolder(config.run)
-    plan = read_plan(folder.plan)
+    images = load_images(config.data, "train")
+    identity = attribution_identity(config, images, digest_file(folder.explained_weights(config)))
+    plan = require_plan(folder.plan, identity)
     if not under_mpi():
         if _is_done(folder, plan):
             say(f"consolidate: {folder.store} is there and fits its {plan.num_shards} shards")
@@ -43,7 +46,7 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
         if config.cluster.mpi_ranks > 1 and (command := mpi_command(config.cluster.mpi_ranks, _own_command(arguments))):
             return _run_ranks(command)
     world = communicator()
-    problems, statistics = _verify(folder, plan, load_images(config.data, "train"), world)
+    problems, statistics = _verify(folder, plan, images, world)
     if world.rank == 0:
         _publish(folder, plan, problems, statistics, world.size)
     return 0
@@ -54,7 +57,7 @@ def _run_ranks(command: list[str]) -> int:
     done = subprocess.run(command, env=mpi_environment(), stderr=subprocess.PIPE, text=True, check=False)
     lines = done.stderr.splitlines()
     own = [line for line in lines if line.startswith("hpcguard consolidate:")]
-    for line in own if done.returncode and own else lines:
+    for line in dict.fromkeys(own) if done.returncode and own else lines:
         print(line, file=sys.stderr)
     return done.returncode
 
@@ -66,7 +69,7 @@ def _own_command(arguments: argparse.Namespace) -> list[str]:
 def _is_done(folder: RunFolder, plan: Plan) -> bool:
     if not folder.store.exists() or view_problem(folder.store, folder.store_manifest):
         return False
-    return read_json(folder.store_manifest, "")["fingerprint"] == plan.fingerprint
+    return read_json(folder.store_manifest, REDO, fingerprint=str)["fingerprint"] == plan.fingerprint
 
 
 def _verify(
@@ -106,7 +109,9 @@ def _publish(
             f"run `python -m hpcguard.attribute {folder.path}` to redo them"
         )
     shards = [folder.shard(index) for index in range(plan.num_shards)]
-    manifests = [read_json(folder.manifest(index), "run attribute again") for index in range(plan.num_shards)]
+    manifests = [
+        read_json(folder.manifest(index), "run attribute again", columns=dict) for index in range(plan.num_shards)
+    ]
     build_view(folder.store, shards, manifests, plan.fingerprint)
     summary = summarise(statistics)
     record: dict[str, Any] = {
@@ -115,7 +120,7 @@ def _publish(
         "images": plan.num_images,
         "shards": plan.num_shards,
         "ranks": ranks,
-        "worker_seconds": round(sum(manifest["seconds"] for manifest in manifests), 1),
+        "worker_seconds": round(sum(manifest.get("seconds", 0) for manifest in manifests), 1),
         "statistics": summary,
         "sources": {
             str(shard.relative_to(folder.path)): manifest["sha256"]

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from hpcguard.attacks import autoattack
+from hpcguard.attacks.autoattack import check_classes
 from hpcguard.attribution import explain_batch, true_and_runner_up
 from hpcguard.cluster.devices import pick_device
 from hpcguard.cluster.local import Report, run_local
-from hpcguard.config import Config, load_config
+from hpcguard.config import Config
 from hpcguard.data import ImageSet, load_images
 from hpcguard.errors import InputError
 from hpcguard.metrics.accuracy import wilson_interval
@@ -37,7 +38,7 @@ EXAMPLE = (
     "python -m hpcguard.evaluate configs/quickstart.yaml",
     "python -m hpcguard.evaluate runs/quickstart --arm guided evaluation.images=100 evaluation.eps=4/255",
 )
-SECTIONS = ("data", "model", "attribution", "evaluation")
+SECTIONS = ("data", "model", "attribution", "controls", "evaluation")
 ATTACKS = 4  # clean, FGSM, PGD, AutoAttack: what progress counts
 
 
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(config: Config, arguments: argparse.Namespace) -> int:
     folder = RunFolder(config.run)
     test = test_images(config)
+    check_classes(config.evaluation.autoattack, len(test.classes))
     arms = _arms(config, folder, arguments.arm)
     identities = {arm: _identity(config, folder, arm, test) for arm in arms}
     todo = [arm for arm in arms if not _is_done(folder, arm, identities[arm])]
@@ -56,9 +58,9 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
     failed: dict[str, str] = {}
     if todo:
         folder.create()
-        folder.record_config(config)
+        folder.record_config(config, ("evaluation",))
         with progress("evaluate", ATTACKS * len(todo), "attacks", even=False) as meter:
-            task = partial(evaluate_arm, folder.path.resolve(), {arm: identities[arm] for arm in todo})
+            task = partial(evaluate_arm, config, {arm: identities[arm] for arm in todo})
             outcome = run_local(
                 task, todo, config.evaluation.workers, config.evaluation.threads, config.cluster.attempts,
                 lambda arm, amount: meter.advance(amount), lambda arm, _: meter.note(f"{arm} done"),
@@ -91,7 +93,7 @@ def _arms(config: Config, folder: RunFolder, asked: list[str] | None) -> list[st
                     f"arm {arm}: {folder.weights(arm)} is not there; run `python -m hpcguard.refine` for it"
                 )
     folder.explained_weights(config)
-    return asked or ["baseline", *trained]
+    return list(dict.fromkeys(asked or ["baseline", *trained]))
 
 
 def _weights(config: Config, folder: RunFolder, arm: str) -> Path:
@@ -117,13 +119,16 @@ def _is_done(folder: RunFolder, arm: str, identity: dict[str, Any]) -> bool:
     return recorded.get("identity") == identity and explained
 
 
-def evaluate_arm(run: Path, identities: dict[str, dict[str, Any]], arm: str, slot: int, report: Report) -> None:
+def evaluate_arm(config: Config, identities: dict[str, dict[str, Any]], arm: str, slot: int, report: Report) -> None:
     """Measure one arm of a run and publish its result."""
     started = time.monotonic()
-    config, folder = load_config(run), RunFolder(run)
+    folder = RunFolder(config.run)
     device = pick_device(config.device, slot)
     test = test_images(config)
-    model = load_model(config.model, len(test.classes), test.shape[0], _weights(config, folder, arm), device)
+    weights = _weights(config, folder, arm)
+    if digest_file(weights) != identities[arm]["weights_sha256"]:
+        raise InputError(f"{weights}: changed while it was to be measured; run the same command again")
+    model = load_model(config.model, len(test.classes), test.shape[0], weights, device)
     x, y = torch.from_numpy(test.images(test.ids)).to(device), torch.from_numpy(test.labels).to(device)
     attacks = _attack(config, model, x, y, report)
     stability = _explain(config, folder, arm, model, test, device)

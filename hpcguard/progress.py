@@ -22,7 +22,7 @@ class Meter:
 
     def __init__(self, what: str, total: int, unit: str, even: bool, bar: Progress | None) -> None:
         self.what, self.total, self.unit, self._even, self._bar = what, total, unit, even, bar
-        self.done, self._note = 0, ""
+        self.done, self._note, self._first = 0, "", None if even else 0
         self._started = time.monotonic()
         self._task = bar.add_task(what, total=total, note="") if bar else None
 
@@ -33,6 +33,8 @@ class Meter:
         self.set(self.done, text)
 
     def set(self, done: int, note: str = "") -> None:
+        if self._first is None and done > 0:
+            self._first = done - 1 if done > 1 else 0
         self.done, self._note = done, note
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, note=note)
@@ -40,7 +42,8 @@ class Meter:
     def line(self) -> str:
         """The state in one line, for where there is no terminal."""
         spent = time.monotonic() - self._started
-        left = f", about {spent / self.done * (self.total - self.done):.0f} s left" if self.done and self._even else ""
+        new = self.done - (self._first or 0)  # a resumed job does not do all of it now
+        left = f", about {spent / new * (self.total - self.done):.0f} s left" if new > 0 and self._even else ""
         return f"{self.what}: {self.done}/{self.total} {self.unit} after {spent:.0f} s{left}  {self._note}".rstrip()
 
 

@@ -9,7 +9,6 @@ Writes RUN/checkpoints/ARM/model.safetensors, training.json and log.jsonl.
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,26 +17,28 @@ import numpy as np
 import torch
 
 from hpcguard.cluster.devices import pick_device
-from hpcguard.cluster.ranks import is_first_rank, run_ranks, start_as_rank, torch_rank
+from hpcguard.cluster.plan import attribution_identity, read_plan, require_plan
+from hpcguard.cluster.ranks import Place, is_first_rank, run_ranks, start_as_rank, torch_rank
 from hpcguard.config import Config, TrainingConfig
 from hpcguard.data import ImageSet, load_images
 from hpcguard.errors import InputError
-from hpcguard.models import load_model, save_weights
-from hpcguard.progress import Meter, progress, say
+from hpcguard.models import check_answers, load_model, save_weights
+from hpcguard.progress import progress, say
 from hpcguard.refinement.checkpoint import remove_checkpoints
 from hpcguard.refinement.engine import Engine, deepspeed_config, make_engine, read_deepspeed_json
 from hpcguard.refinement.spurious import check_flagged, flag_segments
 from hpcguard.refinement.step import GuidedStep
 from hpcguard.refinement.train import Batches, Validation, total_steps, train
-from hpcguard.runs import RunFolder, differences, digest_file, digest_json, publish, read_json, write_json
+from hpcguard.runs import RunFolder, differences, digest_file, digest_json, exclusive, publish, read_json, write_json
 from hpcguard.store import AttributionDataset, view_problem
+from hpcguard.store.view import REDO
 
 EXAMPLE = (
     "python -m hpcguard.refine configs/quickstart.yaml --arm baseline",
     "python -m hpcguard.refine configs/quickstart.yaml refinement.processes=2",
     "torchrun --nproc-per-node 2 -m hpcguard.refine configs/quickstart.yaml --arm guided",
 )
-SECTIONS = ("data", "model", "baseline", "refinement", "controls")
+SECTIONS = ("data", "model", "baseline", "refinement", "controls", "evaluation")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,24 +53,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(config: Config, arguments: argparse.Namespace) -> int:
     start_as_rank()
     folder = RunFolder(config.run)
-    arms = arguments.arm or config.arms()
+    arms = list(dict.fromkeys(arguments.arm or config.arms()))
     images = load_images(config.data, "train")
     pick_device(config.device)
     world = torch_rank()
     identities = {arm: _identity(config, config.arm(arm), folder, images) for arm in arms}
     todo = [arm for arm in arms if not _is_done(folder, arm, identities[arm])]
     for arm in todo:  # all of them first: a fault in the last must not show after hours of the first
-        _check(config, config.arm(arm), folder, images, world[1] if world else config.arm(arm).processes)
+        _check(config, config.arm(arm), folder, images, world)
     if is_first_rank():
-        for arm in set(arms) - set(todo):
-            say(f"refine: {arm} is trained already: {folder.weights(arm)}")
-    if is_first_rank() and todo:
-        folder.create()
-        folder.record_config(config)
+        for arm in arms:
+            if arm not in todo:
+                say(f"refine: {arm} is trained already: {folder.weights(arm)}")
+        if todo:
+            folder.create()
+            folder.record_config(config, ("baseline", "refinement", "controls"))
     for arm in todo:
         training = config.arm(arm)
         if training.engine == "torch" or world is not None:
-            _train_arm(config, arm, identities[arm], folder, images, world or (0, 1))
+            _train_arm(config, arm, identities[arm], folder, images, world or Place(0, 1, 0))
         elif status := _launch(arguments, arm, training):
             return status
     return 0
@@ -95,7 +97,9 @@ def _identity(config: Config, training: TrainingConfig, folder: RunFolder, image
     if training.start == "baseline":
         identity["start_sha256"] = digest_file(folder.explained_weights(config))
     if training.guided:
-        identity["store"] = read_json(folder.store_manifest, "run attribute and consolidate first")["fingerprint"]
+        weights = digest_file(folder.explained_weights(config))
+        plan = require_plan(folder.plan, attribution_identity(config, images, weights))
+        identity["store"] = plan.fingerprint
     return identity
 
 
@@ -103,7 +107,7 @@ def _is_done(folder: RunFolder, arm: str, identity: dict[str, Any]) -> bool:
     if not folder.weights(arm).exists():
         return False
     remedy = f"delete {folder.checkpoint(arm)} to train the arm again"
-    recorded = read_json(folder.training(arm), remedy)
+    recorded = read_json(folder.training(arm), remedy, identity=dict, weights_sha256=str)
     if recorded["weights_sha256"] != digest_file(folder.weights(arm)):
         raise InputError(f"{folder.weights(arm)}: differs from what was trained; {remedy}")
     if changed := differences(recorded["identity"], identity):
@@ -113,16 +117,24 @@ def _is_done(folder: RunFolder, arm: str, identity: dict[str, Any]) -> bool:
     return True
 
 
-def _check(config: Config, training: TrainingConfig, folder: RunFolder, images: ImageSet, world_size: int) -> None:
+def _check(config: Config, training: TrainingConfig, folder: RunFolder, images: ImageSet, world: Place | None) -> None:
     """Find in seconds, before processes start, what would stop the training."""
     start = folder.explained_weights(config) if training.start == "baseline" else None
-    load_model(config.model, len(images.classes), images.shape[0], start)
-    if training.engine == "deepspeed":
-        deepspeed_config(training, world_size)
+    model = load_model(config.model, len(images.classes), images.shape[0], start)
+    check_answers(model, torch.from_numpy(images.images(images.ids[:1])), len(images.classes))
     total_steps(len(images), training)
+    if training.engine == "deepspeed":
+        deepspeed_config(training, world.size if world else training.processes)
+        gpus = torch.cuda.device_count() if config.device != "cpu" else 0
+        if world is None and 0 < gpus < training.processes:
+            raise InputError(f"processes = {training.processes}: {gpus} GPU(s) here; lower it, or set device=cpu")
+    elif world and world.size > 1:
+        raise InputError(f"engine = torch runs in one process, a launcher started {world.size}; use deepspeed")
     if training.guided:
         if problem := view_problem(folder.store, folder.store_manifest):
             raise InputError(problem)
+        if read_json(folder.store_manifest, REDO)["fingerprint"] != read_plan(folder.plan).fingerprint:
+            raise InputError(f"{folder.store}: made from another plan than {folder.plan}; {REDO}")
         _guided_rows(folder, images, training)
 
 
@@ -135,33 +147,47 @@ def _guided_rows(
 
 
 def _train_arm(
-    config: Config, arm: str, identity: dict[str, Any], folder: RunFolder, images: ImageSet, world: tuple[int, int]
+    config: Config, arm: str, identity: dict[str, Any], folder: RunFolder, images: ImageSet, world: Place
 ) -> None:
+    """Train one arm to its published weights; the first rank holds the arm's lock."""
     training = config.arm(arm)
-    rank, world_size = world
+    with exclusive(folder.checkpoint(arm)) if world.rank == 0 else nullcontext():
+        engine = _train(config, training, arm, identity, folder, images, world)
+        engine.barrier()
+
+
+def _train(
+    config: Config, training: TrainingConfig, arm: str, identity: dict[str, Any], folder: RunFolder,
+    images: ImageSet, world: Place,
+) -> Engine:  # fmt: skip
     torch.set_num_threads(training.threads)
     torch.manual_seed(training.seed)
-    device = pick_device(config.device, rank)
+    device = pick_device(config.device, world.local_rank)
     start = folder.explained_weights(config) if training.start == "baseline" else None
     model = load_model(config.model, len(images.classes), images.shape[0], start)
     batches, shares = _batches(folder, images, training)
-    engine = make_engine(GuidedStep(model, training, _mean_colour(images)), training, device, world_size)
+    engine = make_engine(GuidedStep(model, training, _mean_colour(images)), training, device, world.size)
     validation = _validation(config)
     total = total_steps(len(images), training)
-    with progress(f"refine {arm}", total, "steps") if rank == 0 else nullcontext(None) as meter:
-        log = _logger(folder.training_log(arm), meter, shares)
+    with progress(f"refine {arm}", total, "steps") if world.rank == 0 else nullcontext(None) as meter:
+        entries: list[dict[str, Any]] = []
         show = meter.set if meter else _ignore
+
+        def log(epochs: list[dict[str, Any]]) -> None:
+            entries[:] = epochs
+            if meter:
+                _write_log(folder.training_log(arm), epochs, shares)
+
         train(engine, batches, validation, training, folder.checkpoint(arm), digest_json(identity), show, log)
-    if rank == 0:
-        entries = _settle_log(folder.training_log(arm))
+    if world.rank == 0:
         seconds = sum(entry["seconds"] for entry in entries)
         details = {
-            "arm": arm, "identity": identity, "world_size": world_size, "device": str(device), "steps": total,
+            "arm": arm, "identity": identity, "world_size": world.size, "device": str(device), "steps": total,
             "spurious": shares, "seconds": round(seconds, 1), "last_epoch": entries[-1],
         }  # fmt: skip
         _publish_weights(engine, config, folder, arm, details)
         say(f"refine: {arm} trained, {total} steps in {seconds:.0f} s: {folder.weights(arm)}")
-    engine.barrier()
+    return engine
 
 
 def _validation(config: Config) -> Validation | None:
@@ -193,26 +219,11 @@ def _ignore(done: int, note: str) -> None:
     """Ranks but the first show nothing."""
 
 
-def _logger(path: Path, meter: Meter | None, shares: dict[str, float]) -> Callable[[dict[str, Any]], None]:
-    """Appends an epoch's entry to the log, on rank 0."""
-
-    def write(entry: dict[str, Any]) -> None:
-        if meter:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**entry, **{f"share_{name}": share for name, share in shares.items()}}) + "\n")
-
-    return write
-
-
-def _settle_log(path: Path) -> list[dict[str, Any]]:
-    """The log with each epoch once: one that was killed before its checkpoint was trained and logged again."""
-    entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    last = {entry["epoch"]: entry for entry in entries}
-    settled = [last[epoch] for epoch in sorted(last)]
+def _write_log(path: Path, entries: list[dict[str, Any]], shares: dict[str, float]) -> None:
+    """Publish log.jsonl, a line an epoch; whole at any time, since the entries come with the checkpoint."""
+    named = {f"share_{name}": share for name, share in shares.items()}
     with publish(path) as temporary:
-        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in settled), encoding="utf-8")
-    return settled
+        temporary.write_text("".join(json.dumps({**entry, **named}) + "\n" for entry in entries), encoding="utf-8")
 
 
 def _publish_weights(engine: Engine, config: Config, folder: RunFolder, arm: str, details: dict[str, Any]) -> None:

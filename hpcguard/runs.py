@@ -1,9 +1,11 @@
 """RunFolder: the only place where the file names of a run exist; atomic publishing and digests."""
 
+import fcntl
 import hashlib
 import json
 import os
 import subprocess
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -105,11 +107,14 @@ class RunFolder:
             probe.unlink()
         except OSError as error:
             raise InputError(
-                f"run = {self.path}: cannot be written ({error.strerror}); set run to another folder"
+                f"run = {self.path}: cannot be written ({error.filename}: {error.strerror}); set run to another folder"
             ) from error
 
-    def record_config(self, config: Config, **digests: str | None) -> None:
-        """Publish config.yaml as resolved, with digests and the code's revision."""
+    def record_config(self, config: Config, sections: tuple[str, ...] = (), **digests: str) -> None:
+        """Publish config.yaml as resolved, with digests and the code's revision.
+
+        sections: only these are the stage's own; the others stay as they are recorded, if they are.
+        """
         values = config.model_dump(mode="json")
         for section, key in (
             ("data", "root"),
@@ -119,7 +124,11 @@ class RunFolder:
         ):
             if values[section] and values[section][key]:
                 values[section][key] = str(Path(values[section][key]).resolve())
-        values[RECORDED] = {"hpcguard": __version__, "revision": code_revision(), **digests}
+        known = yaml.safe_load(self.config.read_text(encoding="utf-8")) if self.config.exists() else {}
+        recorded = {**known.pop(RECORDED, {}), "hpcguard": __version__, "revision": code_revision(), **digests}
+        if known and sections:
+            values = {**known, **{section: values[section] for section in sections}}
+        values[RECORDED] = recorded
         with publish(self.config) as temporary:
             temporary.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
@@ -147,13 +156,43 @@ def publish(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def publish_json_once(path: Path, values: Mapping[str, Any]) -> bool:
+    """Publish a JSON file unless there is one already, however many processes try; whether it was us."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    try:
+        os.link(temporary, path)  # unlike a rename, this fails if the name is taken
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
+    return True
+
+
+@contextmanager
+def exclusive(folder: Path, patience: float = 5.0) -> Iterator[None]:
+    """Hold a folder's lock; InputError if another process still has it after `patience` seconds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise InputError(f"{folder}: another process is writing it; wait for it, or end it") from error
+                time.sleep(0.1)
+        yield
+
+
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     with publish(path) as temporary:
         temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """Read a JSON object. Raises InputError with `remedy` if it is missing, torn or of another type."""
+def read_json(path: Path, remedy: str, **required: type) -> dict[str, Any]:
+    """Read a JSON object. Raises InputError with `remedy` if it is missing, torn, or lacks a required key=type."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -164,6 +203,9 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
         raise InputError(f"{path}: damaged, not JSON ({error}); {remedy}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: damaged, expected a JSON object, found {type(values).__name__}; {remedy}")
+    for key, kind in required.items():
+        if not isinstance(values.get(key), kind):
+            raise InputError(f"{path}: damaged, {key} is {_short(values.get(key))}, no {kind.__name__}; {remedy}")
     return values
 
 

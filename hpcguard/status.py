@@ -62,7 +62,7 @@ def _store(folder: RunFolder) -> dict[str, Any]:
     if not folder.store.exists():
         return {"state": "not there"}
     try:
-        recorded = read_json(folder.store_manifest, "run consolidate again")
+        recorded = read_json(folder.store_manifest, "run consolidate again", fingerprint=str, statistics=dict)
         fits = recorded["fingerprint"] == read_plan(folder.plan).fingerprint
     except (InputError, KeyError) as error:
         return {"state": "unknown", "why": str(error)}
@@ -71,15 +71,18 @@ def _store(folder: RunFolder) -> dict[str, Any]:
 
 def _arm(folder: RunFolder, arm: str) -> dict[str, Any]:
     state: dict[str, Any] = {"trained": folder.weights(arm).exists(), "epochs_done": 0, "accuracy": None}
-    log = folder.training_log(arm)
-    if log.exists():
-        lines = log.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = folder.training_log(arm).read_text(encoding="utf-8").splitlines()
         state["epochs_done"] = json.loads(lines[-1])["epoch"] if lines else 0
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, TypeError):
+        state["epochs_done"] = "unknown"
     if folder.result(arm).exists():
         try:
-            attacks = read_json(folder.result(arm), "run evaluate again")["attacks"]
-            state["accuracy"] = {name: row["accuracy"] for name, row in attacks.items()}
-        except (InputError, KeyError) as error:
+            attacks = read_json(folder.result(arm), "run evaluate again", attacks=dict)["attacks"]
+            state["accuracy"] = {name: float(row["accuracy"]) for name, row in attacks.items()}
+        except (InputError, KeyError, TypeError, ValueError) as error:
             state["accuracy"] = f"unknown: {error}"
     return state
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from safetensors.torch import load_file
 
 from hpcguard.cli import main, run_stage
@@ -83,34 +84,42 @@ def test_consolidation_with_two_mpi_ranks_gives_the_same(
     assert not (run / "store.h5").exists()
 
 
+def manifests(run: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (run / "shards").glob("0*.json")}
+
+
 def test_a_killed_attribution_goes_on_with_what_is_missing(
     tmp_path: Path, make_config: MakeConfig, attributed: Path
 ) -> None:
-    """kill -9 of the whole process group at ever later moments, until it is through; then compare."""
-    config = config_with_weights(tmp_path, make_config, attributed, attribution={"num_samples": 32})
-    run = tmp_path / "run"
+    """kill -9 of the stage, or of its whole group, as soon as 1, 4 and 9 of 15 shards are there; then compare."""
+    heavy = {"attribution": {"num_samples": 1500}, "cluster": {"workers": 1, "shards": 15}}
+    folders = [tmp_path / "killed", tmp_path / "whole"]
+    for folder in folders:
+        folder.mkdir()
+    killed, whole = (config_with_weights(folder, make_config, attributed, **heavy) for folder in folders)
+    run = tmp_path / "killed/run"
     kept: dict[str, int] = {}
-    delay, kills = 2.0, 0
-    while True:
-        process = subprocess.Popen(
-            command("attribute", config), stdout=subprocess.PIPE, text=True, start_new_session=True
-        )
-        try:
-            process.communicate(timeout=delay)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL) if kills % 2 else process.kill()
-            process.communicate()
-            kills, delay = kills + 1, delay * 1.3
-            time.sleep(1)  # orphaned workers notice within half a second
-        published = {path.name: path.stat().st_mtime_ns for path in (run / "shards").glob("0*.json")}
-        assert all(published[name] == stamp for name, stamp in kept.items())  # nothing is done twice
+    for turn, goal in enumerate((1, 4, 9)):
+        process = subprocess.Popen(command("attribute", killed), stdout=subprocess.DEVNULL, start_new_session=True)
+        while process.poll() is None and len(manifests(run)) < goal:
+            time.sleep(0.002)
+        if turn % 2:
+            process.kill()
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        time.sleep(1)  # orphaned workers notice within half a second
+        published = manifests(run)
+        assert goal <= len(published) < 15
+        assert kept.items() <= published.items()  # nothing is done twice
         kept = published
-        if process.returncode == 0:
-            break
-    assert kills >= 1
-    assert not list((run / "shards").glob(".*")) or kills  # a torn temporary file may lie there, never a torn shard
-    assert run_stage("consolidate", [config]) == 0
-    assert_same_store(run, attributed)
+    done = subprocess.run(command("attribute", killed), capture_output=True, text=True, check=True)
+    assert f"{len(kept)} done, {15 - len(kept)} to do" in done.stdout
+    assert kept.items() <= manifests(run).items()
+    assert run_stage("consolidate", [killed]) == 0
+    assert run_stage("attribute", [whole]) == 0
+    assert run_stage("consolidate", [whole]) == 0
+    assert_same_store(run, tmp_path / "whole/run")
 
 
 def test_a_damaged_or_deleted_shard_is_redone_alone(
@@ -165,7 +174,7 @@ def test_the_chain_ends_in_results_and_a_report(finished: Path) -> None:
         assert weights.keys() == start.keys()
         assert any(not np.array_equal(weights[key], start[key]) for key in start)
         assert sorted(path.name for path in (finished / f"checkpoints/{arm}").iterdir()) == [
-            "log.jsonl", "model.safetensors", "training.json",
+            ".lock", "log.jsonl", "model.safetensors", "training.json",
         ]  # fmt: skip
     assert training["spurious"]["flagged"] > 0
     for arm in ("baseline", "pgd", "guided"):
@@ -231,16 +240,70 @@ def test_a_killed_refinement_continues_to_the_same_weights(tmp_path: Path, attri
     for run in runs:
         shutil.copytree(attributed, run)
     assert run_stage("refine", [str(runs[0]), *changes]) == 0
-    process = subprocess.Popen(command("refine", str(runs[1]), *changes), stdout=subprocess.DEVNULL)
+    refine = command("refine", str(runs[1]), *changes)
+    process = subprocess.Popen(refine, stdout=subprocess.DEVNULL, start_new_session=True)
     pointer = runs[1] / "checkpoints/guided/resume.json"
     while process.poll() is None and not pointer.exists():
         time.sleep(0.005)
-    process.kill()
+    os.killpg(process.pid, signal.SIGKILL)  # the stage and its ranks, in the middle of the second epoch
     process.wait()
-    time.sleep(1.5)  # its ranks notice within half a second
     assert not (runs[1] / "checkpoints/guided/model.safetensors").exists()
     assert run_stage("refine", [str(runs[1]), *changes]) == 0
     first, second = (load_file(str(run / "checkpoints/guided/model.safetensors")) for run in runs)
     assert all(np.array_equal(first[key], second[key]) for key in first)
     epochs = [json.loads(line)["epoch"] for line in (runs[1] / "checkpoints/guided/log.jsonl").read_text().splitlines()]
     assert epochs == [1, 2, 3]
+
+
+def test_the_plan_holds_for_every_stage(tmp_path: Path, attributed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A baseline that was trained again, or other settings or data: refused wherever the explanations are used."""
+    run = tmp_path / "run"
+    shutil.copytree(attributed, run)
+    for stage in ("attribute", "consolidate", "refine"):
+        for change in ("attribution.num_samples=99", "data.size=16", "data.seed=9"):
+            assert run_stage(stage, [str(run), change]) == 2
+            assert f"{change.split('=')[0]} was" in capsys.readouterr().err
+    shutil.rmtree(run / "checkpoints/baseline")
+    assert run_stage("refine", [str(run), "--arm", "baseline", "baseline.seed=7"]) == 0
+    for stage in ("attribute", "consolidate", "refine"):
+        assert run_stage(stage, [str(run)]) == 2
+        assert "model.weights_sha256 was" in capsys.readouterr().err
+
+
+def test_workers_use_the_settings_of_their_command(tmp_path: Path, make_config: MakeConfig, attributed: Path) -> None:
+    """Another stage may rewrite config.yaml while shards are computed."""
+    config = config_with_weights(tmp_path, make_config, attributed, cluster={"workers": 1, "shards": 15})
+    process = subprocess.Popen(command("attribute", config), stdout=subprocess.DEVNULL)
+    recorded = tmp_path / "run/config.yaml"
+    while process.poll() is None and not recorded.exists():
+        time.sleep(0.002)
+    recorded.write_text(recorded.read_text().replace("num_samples: 32", "num_samples: 8"))
+    assert process.wait() == 0
+    recorded.unlink()
+    assert run_stage("consolidate", [config]) == 0
+    assert_same_store(tmp_path / "run", attributed)
+
+
+def test_late_stages_record_only_their_own_settings(tmp_path: Path, attributed: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(attributed, run)
+    before = yaml.safe_load((run / "config.yaml").read_text())
+    assert before["recorded"].keys() >= {"data_sha256", "weights_sha256", "revision"}
+    changes = ["evaluation.images=5", "evaluation.explained=0", "attribution.seed=4"]
+    assert run_stage("evaluate", [str(run), *changes]) == 0
+    after = yaml.safe_load((run / "config.yaml").read_text())
+    assert after["evaluation"]["images"] == 5
+    assert after["attribution"] == before["attribution"]
+    assert after["recorded"] == before["recorded"]
+    assert run_stage("attribute", [str(run)]) == 0
+
+
+def test_a_log_torn_by_a_kill_does_no_harm(tmp_path: Path, attributed: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(attributed, run)
+    folder = run / "checkpoints/guided"
+    folder.mkdir()
+    (folder / "log.jsonl").write_text('{"epoch": 7, "loss": 1}\n{"epo')
+    assert run_stage("refine", [str(run), "--arm", "guided"]) == 0
+    assert [json.loads(line)["epoch"] for line in (folder / "log.jsonl").read_text().splitlines()] == [1, 2]
+    assert json.loads((folder / "training.json").read_text())["last_epoch"]["epoch"] == 2

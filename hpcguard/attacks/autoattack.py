@@ -12,6 +12,14 @@ PARTS = {"fast": ["apgd-ce", "apgd-t"], "untargeted": ["apgd-ce", "fab", "square
 TARGETED_NEEDS = 4  # classes, for the targeted DLR loss
 
 
+def check_classes(version: str, classes: int) -> None:
+    """Raises InputError if AutoAttack's version needs more classes."""
+    if classes < TARGETED_NEEDS and version in ("standard", "rand", "fast"):
+        raise InputError(
+            f"evaluation.autoattack = {version}: needs {TARGETED_NEEDS} classes, there are {classes}; use untargeted"
+        )
+
+
 def autoattack(
     model: nn.Module, x: Tensor, y: Tensor, eps: float, version: Version, seed: int, batch_size: int
 ) -> Tensor:
@@ -24,11 +32,7 @@ def autoattack(
 
     with torch.no_grad():
         classes = model(x[:1]).shape[1]
-    if classes < TARGETED_NEEDS and version != "untargeted":
-        raise InputError(
-            f"evaluation.autoattack = {version}: needs {TARGETED_NEEDS} classes, the model has {classes}; "
-            "use untargeted"
-        )
+    check_classes(version, classes)
     chosen = {"version": "custom", "attacks": PARTS[version]} if version in PARTS else {"version": version}
     attacker = pyautoattack.AutoAttack(model, norm="Linf", eps=eps, seed=seed, device=x.device, **chosen)
     for targeted in (attacker.apgd_targeted, attacker.fab):  # with few classes there are fewer targets than 9

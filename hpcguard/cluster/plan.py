@@ -6,10 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from hpcguard.config import Config
+from hpcguard.data import ImageSet
 from hpcguard.errors import InputError
-from hpcguard.runs import differences, digest_arrays, digest_json, read_json, write_json
+from hpcguard.runs import differences, digest_arrays, digest_json, publish_json_once, read_json
 
 PLAN_SCHEMA = 1
+ATTRIBUTION_VERSION = 2  # raise it whenever the same settings give other stored values
 
 
 @dataclass(frozen=True)
@@ -39,27 +42,40 @@ class Plan:
         return [own[start : start + self.unit] for start in range(0, len(own), self.unit)]
 
 
+def attribution_identity(config: Config, images: ImageSet, weights_sha256: str) -> dict[str, Any]:
+    """Everything that stored explanations depend on."""
+    return {
+        "version": ATTRIBUTION_VERSION,
+        "data": {**config.data.identity(), "sha256": images.digest()},
+        "model": {**config.model.identity(), "weights_sha256": weights_sha256},
+        "attribution": config.attribution.identity(),
+        "ids": digest_arrays(images.ids),
+    }
+
+
 def make_plan(ids: np.ndarray, unit: int, shards: int, identity: dict[str, Any]) -> Plan:
     """Cut ids into units, and units into at most `shards` shards of nearly equal size."""
     units = -(-len(ids) // unit)
     count = min(shards, units)
-    bounds = [min(len(ids), (units * k // count) * unit) for k in range(count)] + [len(ids)]
-    full = {**identity, "ids": digest_arrays(ids)}
-    return Plan(full, digest_json(full), unit, bounds)
+    bounds = [units * k // count * unit for k in range(count)] + [len(ids)]
+    return Plan(identity, digest_json(identity), unit, bounds)
 
 
 def agree_on_plan(path: Path, wanted: Plan) -> Plan:
-    """The plan on disk if it has the same fingerprint, else `wanted`, published.
-
-    Raises InputError that names every difference if the folder's plan was made for other values.
-    """
-    if not path.exists():
-        write_json(path, {"schema": PLAN_SCHEMA, **asdict(wanted)})
+    """The plan on disk if it has the same identity, else `wanted`, published; InputError if they differ."""
+    if not path.exists() and publish_json_once(
+        path, {"schema": PLAN_SCHEMA, **asdict(wanted), "sha256": _digest(wanted)}
+    ):
         return wanted
+    return require_plan(path, wanted.identity)
+
+
+def require_plan(path: Path, identity: dict[str, Any]) -> Plan:
+    """The plan on disk. Raises InputError that names every difference if it was made for other values."""
     existing = read_plan(path)
-    if existing.fingerprint != wanted.fingerprint:
+    if existing.identity != identity:
         raise InputError(
-            f"{path} belongs to another plan: {differences(existing.identity, wanted.identity)}; "
+            f"{path} belongs to another plan: {differences(existing.identity, identity)}; "
             "set run to another folder, or restore those values"
         )
     return existing
@@ -71,11 +87,15 @@ def read_plan(path: Path) -> Plan:
     values = read_json(path, remedy)
     if values.pop("schema", None) != PLAN_SCHEMA:
         raise InputError(f"{path}: not a plan of schema {PLAN_SCHEMA}; set run to another folder")
+    digest = values.pop("sha256", None)
     try:
         plan = Plan(**values)
-        whole = plan.fingerprint == digest_json(plan.identity) and plan.bounds == sorted(plan.bounds)
-    except (TypeError, IndexError) as error:
-        raise InputError(f"{path}: damaged ({error}); {remedy} in another run folder") from error
-    if not whole or len(plan.bounds) < 2:
-        raise InputError(f"{path}: damaged, its fingerprint does not fit its contents; set run to another folder")
+    except TypeError as error:
+        raise InputError(f"{path}: damaged ({error}); set run to another folder") from error
+    if digest != _digest(plan) or plan.fingerprint != digest_json(plan.identity):
+        raise InputError(f"{path}: damaged, its digest does not fit its contents; set run to another folder")
     return plan
+
+
+def _digest(plan: Plan) -> str:
+    return digest_json(asdict(plan))

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Protocol
@@ -15,6 +16,7 @@ from hpcguard.errors import InputError
 
 MPI_MARKS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
 PARENT = "HPCGUARD_PARENT"
+RANK_MARKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
 TORCH_MARKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -78,18 +80,34 @@ def mpi_environment() -> dict[str, str]:
     }
 
 
-def torch_rank() -> tuple[int, int] | None:
-    """(rank, world size) if torchrun, deepspeed, srun or hpcguard has started this process as one of several.
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands among those that train together."""
 
-    Raises InputError if only some of the five variables are there: torch and DeepSpeed would guess the rest.
+    rank: int
+    size: int
+    local_rank: int  # on its own machine: which GPU it takes
+
+
+def torch_rank() -> Place | None:
+    """This process's place if torchrun, deepspeed, slurm/refine.sh or hpcguard started it as one of several.
+
+    Raises InputError if only some of the five variables are there, for torch and DeepSpeed would guess the rest, and
+    under a launcher that sets none of them, where each process would train alone in the same folder.
     """
     present = [mark for mark in TORCH_MARKS if mark in os.environ]
     if not present:
+        tasks = int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+        if tasks > 1:
+            raise InputError(
+                f"one of {tasks} tasks of mpiexec or srun without {', '.join(TORCH_MARKS)}: set them "
+                "as slurm/refine.sh does, or use torchrun"
+            )
         return None
     if len(present) < len(TORCH_MARKS):
         missing = ", ".join(mark for mark in TORCH_MARKS if mark not in present)
         raise InputError(f"{', '.join(present)} set in the environment but not {missing}: set all five, or none")
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return Place(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
 
 
 def start_as_rank() -> None:
@@ -98,10 +116,26 @@ def start_as_rank() -> None:
         end_with_parent(int(os.environ[PARENT]))
 
 
+def rank_name() -> str:
+    """'' for the first or only process of a job, else 'rank N: ', for messages."""
+    rank = next((os.environ[mark] for mark in RANK_MARKS if mark in os.environ), "0")
+    return "" if rank == "0" else f"rank {rank}: "
+
+
 def is_first_rank() -> bool:
     """Whether this process speaks for its job: rank 0 of torch or MPI, or alone."""
-    marks = ("RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
-    return next((os.environ[mark] for mark in marks if mark in os.environ), "0") == "0"
+    return not rank_name()
+
+
+def end_world(status: int) -> int:
+    """End all ranks of an MPI job that has begun to talk, so that none waits for ever; returns the status elsewhere."""
+    if "mpi4py.MPI" in sys.modules:
+        from mpi4py import MPI
+
+        if MPI.COMM_WORLD.Get_size() > 1:
+            sys.stderr.flush()
+            MPI.COMM_WORLD.Abort(status)
+    return status
 
 
 def run_ranks(command: list[str], processes: int, threads: int) -> int:

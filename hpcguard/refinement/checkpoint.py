@@ -15,8 +15,9 @@ from hpcguard.runs import digest_file, read_json, write_json
 POINTER = "resume.json"
 
 
-def save_checkpoint(engine: Engine, folder: Path, epochs_done: int, fingerprint: str) -> None:
-    """Publish the state after `epochs_done` epochs and drop the one before it."""
+def save_checkpoint(engine: Engine, folder: Path, log: list[dict[str, Any]], fingerprint: str) -> None:
+    """Publish the state after len(log) epochs, with their entries, and drop the one before it."""
+    epochs_done = len(log)
     temporary, final = folder / f".state-{epochs_done:04d}.tmp", folder / f"state-{epochs_done:04d}"
     if engine.rank == 0:
         for leftover in (temporary, final):
@@ -28,7 +29,7 @@ def save_checkpoint(engine: Engine, folder: Path, epochs_done: int, fingerprint:
         temporary.rename(final)
         files = {str(path.relative_to(final)): digest_file(path) for path in sorted(final.rglob("*")) if path.is_file()}
         pointer = {
-            "epochs_done": epochs_done, "state": final.name, "world_size": engine.world_size,
+            "log": log, "state": final.name, "world_size": engine.world_size,
             "fingerprint": fingerprint, "files": files,
         }  # fmt: skip
         write_json(folder / POINTER, pointer)
@@ -38,23 +39,23 @@ def save_checkpoint(engine: Engine, folder: Path, epochs_done: int, fingerprint:
     engine.barrier()
 
 
-def load_checkpoint(engine: Engine, folder: Path, fingerprint: str) -> int:
-    """Load the published state into the engine; returns the epochs done, 0 where there is none.
+def load_checkpoint(engine: Engine, folder: Path, fingerprint: str) -> list[dict[str, Any]]:
+    """Load the published state into the engine; returns the entries of the epochs done, none where there is no state.
 
     Raises InputError if it is damaged, of another training, or of another number of processes.
     """
     pointer = folder / POINTER
     if not pointer.exists():
-        return 0
+        return []
     remedy = f"delete {folder} to train this arm from its start"
-    recorded = read_json(pointer, remedy)
+    recorded = read_json(pointer, remedy, fingerprint=str, world_size=int, state=str, files=dict, log=list)
     _check(recorded, pointer, engine.world_size, fingerprint, remedy)
     state = folder / recorded["state"]
     for name, digest in recorded["files"].items():
         if not (state / name).is_file() or digest_file(state / name) != digest:
             raise InputError(f"{state / name}: missing or damaged; {remedy}")
     engine.load_state(state)
-    return int(recorded["epochs_done"])
+    return list(recorded["log"])
 
 
 def _check(recorded: dict[str, Any], pointer: Path, world_size: int, fingerprint: str, remedy: str) -> None:

@@ -17,6 +17,13 @@ from hpcguard.errors import InputError
 from hpcguard.refinement.step import GuidedStep
 
 OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer", "scheduler")
+THEIRS: dict[str, Any] = {
+    "zero_optimization": dict, "gradient_clipping": (int, float), "zero_allow_untested_optimizer": bool,
+    "steps_per_print": int, "wall_clock_breakdown": bool, "prescale_gradients": bool,
+    "gradient_predivide_factor": (int, float), "communication_data_type": str, "comms_logger": dict,
+    "flops_profiler": dict, "tensorboard": dict, "csv_monitor": dict, "wandb": dict,
+}  # fmt: skip
+HALF = ("fp16", "bf16", "bfloat16", "amp", "torch_autocast")
 STATE = "state"
 
 
@@ -139,16 +146,19 @@ def deepspeed_config(config: TrainingConfig, world_size: int) -> dict[str, Any]:
     """
     values = read_deepspeed_json(config.deepspeed) if config.deepspeed else {}
     where = f"refinement.deepspeed = {config.deepspeed}"
-    for key in OURS:
-        if key in values:
+    for key, value in values.items():
+        if key in OURS:
             raise InputError(f"{where}: remove {key}, hpcguard sets it from the refinement section")
+        if key in HALF:
+            # Perturbations of 1/255 drown in 8 bits of mantissa, so the attack needs its own float32 path first.
+            raise InputError(f"{where}: {key} is refused, attacks in pixel space need float32; remove it")
+        if key not in THEIRS:
+            raise InputError(f"{where}: {key} is not supported here; allowed are {', '.join(THEIRS)}")
+        if not isinstance(value, THEIRS[key]) or (isinstance(value, bool) and THEIRS[key] is not bool):
+            raise InputError(f"{where}: {key} = {value!r} has the wrong type, see DeepSpeed's documentation")
     stage = values.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2):
         raise InputError(f"{where}: zero_optimization.stage = {stage}; allowed are 0, 1, 2 (3 trains wrongly here)")
-    for precision in ("fp16", "bf16"):
-        if values.get(precision, {}).get("enabled"):
-            # Perturbations of 1/255 drown in 8 bits of mantissa, so the attack needs its own float32 path first.
-            raise InputError(f"{where}: {precision} is refused, attacks in pixel space need float32; remove it")
     micro = micro_batch_size(config, world_size)
     # DeepSpeed clips at 1.0 unless told otherwise, and calls every client optimizer but Adam untested.
     defaults = {"gradient_clipping": 0.0, "zero_allow_untested_optimizer": True, "steps_per_print": 10**9}

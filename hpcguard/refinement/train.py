@@ -63,15 +63,17 @@ def learning_rate(step: int, total: int, config: TrainingConfig) -> float:
 
 def train(
     engine: Engine, batches: Batches, validation: Validation | None, config: TrainingConfig, folder: Path,
-    fingerprint: str, on_step: Callable[[int, str], None], on_epoch: Callable[[dict[str, Any]], None],
+    fingerprint: str, on_step: Callable[[int, str], None], on_epoch: Callable[[list[dict[str, Any]]], None],
 ) -> None:  # fmt: skip
     """Train to the end from the last published checkpoint, or the start.
 
-    on_step(steps done, note) after every step; on_epoch(log entry) after every epoch; both on every rank.
+    on_step(steps done, note) after every step; on_epoch(entries of all epochs so far) at the start and after every
+    epoch; both on every rank.
     """
     per_epoch, total = steps_per_epoch(batches.size, config), total_steps(batches.size, config)
-    first = load_checkpoint(engine, folder, fingerprint)
-    for epoch in range(first, math.ceil(total / per_epoch)):
+    log = load_checkpoint(engine, folder, fingerprint)
+    on_epoch(log)
+    for epoch in range(len(log), math.ceil(total / per_epoch)):
         started = time.monotonic()
         order = keyed_generator("order", config.seed, epoch).permutation(batches.size)
         sums = torch.zeros(len(GuidedStep.TERMS) + 1)
@@ -84,8 +86,10 @@ def train(
         average_buffers(engine)
         means = (engine.sum_over_ranks(sums.to(engine.device)) / engine.world_size / len(steps)).tolist()
         entry = {"epoch": epoch + 1, **dict(zip(("loss", *GuidedStep.TERMS), means, strict=True))}
-        on_epoch({**entry, **_validate(engine, validation), "seconds": round(time.monotonic() - started, 2)})
-        save_checkpoint(engine, folder, epoch + 1, fingerprint)
+        entry |= _validate(engine, validation)
+        log.append({**entry, "seconds": round(time.monotonic() - started, 2)})
+        save_checkpoint(engine, folder, log, fingerprint)
+        on_epoch(log)
 
 
 def _train_step(
@@ -95,6 +99,8 @@ def _train_step(
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
     generator = torch.Generator().manual_seed(torch_seed("step", config.seed, step))
+    # What the model itself draws (dropout): other numbers on every rank, the same ones after a resume.
+    torch.manual_seed(torch_seed("dropout", config.seed, step * 2**16 + engine.rank))
     batch = batches.read(chosen)
     x = batch["image"]
     if config.guided:
@@ -111,10 +117,8 @@ def _train_step(
         start = (engine.rank * config.accumulation + part) * micro
         own = [each[start : start + micro].to(engine.device) for each in (x, batch["label"], pixels, noise)]
         loss = engine(*own, weight)
-        if not torch.isfinite(loss):
-            raise InputError(
-                f"the loss is {loss.item()} in step {step + 1}; lower learning_rate ({config.learning_rate})"
-            )
+        if engine.sum_over_ranks(loss.detach().isfinite().float()) < engine.world_size:  # on every rank alike
+            raise InputError(f"the loss is not finite in step {step + 1}; lower learning_rate ({config.learning_rate})")
         engine.backward(loss)
         engine.step()
         sums += torch.cat([loss.detach().reshape(1), engine.module.terms]).cpu() / config.accumulation
@@ -137,4 +141,4 @@ def _validate(engine: Engine, validation: Validation | None) -> dict[str, float]
         robust = (model(pgd(model, x, y, validation.eps, 10)).argmax(1) == y).sum()
     counts = torch.stack([right, robust, torch.tensor(len(ids), device=engine.device)]).double()
     right, robust, total = engine.sum_over_ranks(counts).tolist()
-    return {"validation_clean": right / total, "validation_robust": robust / total}
+    return {"validation_clean": right / total, "validation_robust": robust / total, "validation_eps": validation.eps}

@@ -121,7 +121,7 @@ def arm_styles(arms: Sequence[Arm]) -> list[tuple[str, str]]:
 
 
 def _robust_label(arm: Arm) -> str:
-    eps = arm.training["identity"]["training"].get("attack", {}).get("eps") if arm.training else None
+    eps = arm.log[-1].get("validation_eps")
     return f"{arm.name}, PGD-10" + (f", eps {eps:.3f}" if eps is not None else "")
 
 

@@ -50,7 +50,7 @@ def view_problem(store: Path, manifest: Path) -> str | None:
     if not store.is_file():
         return f"{store} is not there; {REDO}"
     try:
-        recorded = read_json(manifest, REDO)
+        recorded = read_json(manifest, REDO, sha256=str, sources=dict, fingerprint=str)
     except InputError as error:
         return str(error)
     for name, digest in {store.name: recorded["sha256"], **recorded["sources"]}.items():

@@ -139,5 +139,5 @@ def test_wilson_interval_against_the_definition() -> None:
 
 def test_autoattack_with_too_few_classes_says_what_to_use() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
-    with pytest.raises(InputError, match="needs 4 classes, the model has 2; use untargeted"):
+    with pytest.raises(InputError, match="needs 4 classes, there are 2; use untargeted"):
         autoattack(model, middle_images(2), torch.tensor([0, 1]), 0.1, "standard", 0, 16)

@@ -1,11 +1,14 @@
 """Plans: whole units, nearly equal shards, one fingerprint a folder."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from hpcguard.cluster.plan import agree_on_plan, make_plan, read_plan
+from hpcguard.cluster.plan import agree_on_plan, attribution_identity, make_plan, read_plan
+from hpcguard.config import Config, DataConfig
+from hpcguard.data import ImageSet, load_images
 from hpcguard.errors import InputError
 
 IDS = np.arange(0, 1000, 3)
@@ -26,7 +29,20 @@ def test_the_fingerprint_is_of_what_values_depend_on() -> None:
     plan = make_plan(IDS, 16, 4, {"a": 1})
     assert plan.fingerprint == make_plan(IDS, 16, 9, {"a": 1}).fingerprint
     assert plan.fingerprint != make_plan(IDS, 16, 4, {"a": 2}).fingerprint
-    assert plan.fingerprint != make_plan(IDS[:-1], 16, 4, {"a": 1}).fingerprint
+
+
+def test_the_identity_holds_settings_weights_data_and_version() -> None:
+    images = load_images(DataConfig(), "train")
+
+    def of(images: ImageSet = images, weights: str = "w", **changes: object) -> str:
+        return make_plan(images.ids, 16, 4, attribution_identity(Config(**changes), images, weights)).fingerprint
+
+    assert of() == of(cluster={"shards": 9, "workers": 7}, data={"root": "/elsewhere"}, run="x")
+    others = [
+        of(weights="v"), of(images.subset(images.ids[:-1])), of(attribution={"num_samples": 99}),
+        of(model={"mean": [0.5]}), of(data={"validation": 0.1}),
+    ]  # fmt: skip
+    assert len({of(), *others}) == 6
 
 
 def test_a_plan_is_written_once_and_another_refused_with_the_difference(tmp_path: Path) -> None:
@@ -38,16 +54,17 @@ def test_a_plan_is_written_once_and_another_refused_with_the_difference(tmp_path
         agree_on_plan(path, make_plan(IDS, 16, 4, {"attribution": {"seed": 1, "ridge": 1.0}}))
     assert "ridge" not in str(caught.value)
     assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
-    [('"schema": 1', '"schema": 9'), ('"unit"', '"units"'), ("336", "335x"), ('"a": 1', '"a": 2'), ("{", "[")],
-)
-def test_a_damaged_plan_is_refused(tmp_path: Path, old: str, new: str) -> None:
+    "change",
+    [{"schema": 9}, {"bounds": [0, 330, 334]}, {"bounds": [5, 334]}, {"unit": 3}, {"unit": "a"}, {"identity": {"a": 2}},
+     {"bounds": 7}, {"sha256": None}, {"extra": 1}],
+)  # fmt: skip
+def test_a_changed_plan_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
     path = tmp_path / "plan.json"
     agree_on_plan(path, make_plan(IDS, 16, 1, {"a": 1}))
-    text = path.read_text().replace("334", "336")
-    path.write_text(text.replace(old, new, 1))
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(InputError, match=r"plan\.json"):
         read_plan(path)

@@ -15,7 +15,7 @@ WORLD = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "127.
 def test_every_rank_knows_the_world(tmp_path: Path) -> None:
     code = (
         "import sys; from hpcguard.cluster.ranks import torch_rank, is_first_rank; r = torch_rank();"
-        "open(f'{sys.argv[1]}/{r[0]}', 'w').write(f'{r[1]} {is_first_rank()}')"
+        "open(f'{sys.argv[1]}/{r.rank}', 'w').write(f'{r.size} {is_first_rank()}')"
     )
     assert ranks.run_ranks([sys.executable, "-c", code, str(tmp_path)], 2, 1) == 0
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"0": "2 True", "1": "2 False"}
@@ -34,7 +34,7 @@ def test_half_a_world_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ranks.torch_rank() is None
     for name, value in WORLD.items():
         monkeypatch.setenv(name, value)
-    assert ranks.torch_rank() == (1, 4)
+    assert ranks.torch_rank() == ranks.Place(1, 4, 1)
     monkeypatch.delenv("MASTER_PORT")
     with pytest.raises(InputError, match="but not MASTER_PORT"):
         ranks.torch_rank()
@@ -45,3 +45,11 @@ def test_devices() -> None:
     for name in ("gpu", "meta", "cuda:999"):
         with pytest.raises(InputError, match=f"device = {name}"):
             pick_device(name)
+
+
+@pytest.mark.parametrize("mark", ["OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_launchers_that_describe_no_torch_world_are_refused(monkeypatch: pytest.MonkeyPatch, mark: str) -> None:
+    """Each task would train alone, all in one folder."""
+    monkeypatch.setenv(mark, "2")
+    with pytest.raises(InputError, match="one of 2 tasks"):
+        ranks.torch_rank()

@@ -342,8 +342,8 @@ def test_the_quick_copy_gives_the_same_logits(name: str) -> None:
             nn.init.normal_(module.running_mean)
             nn.init.uniform_(module.running_var, 0.5, 2)
     model.eval()
-    quick = for_inference(model)
     images = torch.rand(4, 3, 32, 32)
+    quick = for_inference(model, images)
     with torch.inference_mode():
         assert torch.allclose(quick(fastest_layout(images)), model(images), atol=1e-4, rtol=1e-4)
     assert not [module for module in quick.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -356,4 +356,21 @@ def test_a_net_that_cannot_be_traced_runs_as_it_is() -> None:
             return x.mean((2, 3)) if x.sum() > 0 else -x.mean((2, 3))
 
     images = -torch.rand(2, 3, 8, 8)
-    assert torch.equal(for_inference(Normalized(Branching()))(images), -images.mean((2, 3)))
+    assert torch.equal(for_inference(Normalized(Branching()), images)(images), -images.mean((2, 3)))
+
+
+def test_a_net_that_folding_would_change_is_left_alone() -> None:
+    """One convolution before two different normalisations: folding both into it is wrong."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.one, self.two = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+            self.two.running_mean.fill_(3.0)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.one(self.conv(x)) + self.two(self.conv(x))).mean((2, 3))
+
+    model, images = Normalized(Shared()).eval(), torch.rand(2, 3, 8, 8)
+    with torch.inference_mode():
+        assert torch.allclose(for_inference(model, images)(images), model(images), atol=1e-5)

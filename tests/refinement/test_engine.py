@@ -60,7 +60,8 @@ from hpcguard.cluster.ranks import torch_rank
 from pathlib import Path
 torch.set_num_threads(1)
 config = t.CONFIG.model_copy(update=dict(accumulation={accumulation}, deepspeed={json!r} and Path({json!r})))
-rank, size = torch_rank()
+place = torch_rank()
+rank, size = place.rank, place.size
 engine = make_engine(t.make_step(config), config, torch.device("cpu"), size)
 micro = 16 // (size * {accumulation})
 for index in range(t.STEPS):
@@ -132,6 +133,10 @@ def test_torchrun_and_deepspeed_start_it_too(tmp_path: Path) -> None:
         ({"optimizer": {"type": "AdamW"}}, "remove optimizer"),
         ({"fp16": {"enabled": True}}, "fp16 is refused"),
         ({"bf16": {"enabled": True}}, "bf16 is refused"),
+        ({"torch_autocast": {"enabled": True}}, "torch_autocast is refused"),
+        ({"zero_optimization": 2}, "zero_optimization = 2 has the wrong type"),
+        ({"gradient_clipping": "1"}, "wrong type"),
+        ({"activation_checkpointing": {}}, "activation_checkpointing is not supported"),
         ([1], "expected a JSON object"),
     ],
 )
@@ -162,14 +167,14 @@ def test_the_schedule_is_a_function_of_the_step() -> None:
 
 def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
     engine = TorchEngine(make_step(CONFIG), CONFIG, torch.device("cpu"))
-    assert load_checkpoint(engine, tmp_path, "print") == 0
+    assert load_checkpoint(engine, tmp_path, "print") == []
     engine.backward(engine(*batch(0), 3.0))
     engine.step()
-    save_checkpoint(engine, tmp_path, 1, "print")
-    save_checkpoint(engine, tmp_path, 2, "print")
+    save_checkpoint(engine, tmp_path, [{"epoch": 1}], "print")
+    save_checkpoint(engine, tmp_path, [{"epoch": 1}, {"epoch": 2}], "print")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["resume.json", "state-0002"]
     fresh = TorchEngine(make_step(CONFIG), CONFIG, torch.device("cpu"))
-    assert load_checkpoint(fresh, tmp_path, "print") == 2
+    assert load_checkpoint(fresh, tmp_path, "print") == [{"epoch": 1}, {"epoch": 2}]
     for one, other in zip(engine.module.parameters(), fresh.module.parameters(), strict=True):
         assert torch.equal(one, other)
     with pytest.raises(InputError, match="other settings"):

@@ -134,7 +134,8 @@ def store(tmp_path: Path) -> Path:
     shards, manifests = [part[0] for part in parts], [read_json(part[1], "") for part in parts]
     build_view(run / "store.h5", shards, manifests, "print")
     sources = {f"shards/{k}.h5": manifests[k]["sha256"] for k in range(2)}
-    write_json(run / "store.json", {"sha256": digest_file(run / "store.h5"), "sources": sources})
+    record = {"sha256": digest_file(run / "store.h5"), "sources": sources, "fingerprint": "print"}
+    write_json(run / "store.json", record)
     return run / "store.h5"
 
 
