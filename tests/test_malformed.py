@@ -307,7 +307,6 @@ CASES: list[tuple[str, str, Callable[[Case], object], list[str]]] = [
     ("tiny std", "attribute", lambda c: c.set("model.std=[1e-300]"), ["model.std"]),
     ("training.json is empty", "refine", empty_training, ["training.json", "damaged, identity"]),
     ("store.json is empty", "refine", lambda c: overwrite(c.run / "store.json", "{}"), ["store.json", "damaged"]),
-    ("store.json is empty", "consolidate", lambda c: overwrite(c.run / "store.json", "[]") or no_plan(c), ["plan.json"]),
     ("shards is a file", "attribute", lambda c: no_folder(c.run / "shards"), ["shards"]),
     ("checkpoints is a file", "refine", lambda c: no_folder(c.run / "checkpoints"), ["checkpoints"]),
     ("nested DeepSpeed type", "refine", lambda c: deepspeed(c, '{"zero_optimization": 3}'), ["wrong type"]),
