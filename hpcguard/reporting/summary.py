@@ -76,7 +76,7 @@ def _compare(guided: Arm, other: Arm, attack: str, where: str) -> str:
     finding = {
         "higher": f"the intervals are disjoint, and guided is {points:.1f} points higher",
         "lower": f"the intervals are disjoint, and guided is {points:.1f} points lower",
-        "within the noise": "the intervals overlap, so this run alone shows no difference",
+        "within the noise": "the intervals overlap, so this run alone does not tell them apart",
     }[verdict(row, control)]
     if not where:
         return f"{_noun(other).capitalize()} keeps {percent(control)}: {finding}."

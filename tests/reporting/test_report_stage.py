@@ -90,7 +90,7 @@ def test_page_is_self_contained_and_names_no_machine_path(folder: Path) -> None:
     assert "python -m hpcguard.evaluate myrun run=myrun-repeat" in text and "--arm baseline" not in text
     assert text.count("<img") == text.count('alt="') == 4
     for sentence in (
-        "the intervals overlap, so this run alone shows no difference",
+        "the intervals overlap, so this run alone does not tell them apart",
         "0.75",
         "1213",
         "abc123",

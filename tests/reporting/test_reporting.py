@@ -132,7 +132,7 @@ def test_overlapping_intervals_are_no_difference() -> None:
     first, baseline, clean = summarise(arms())
     assert first == (
         "Under AutoAttack at eps 0.100 (25.5/255) on 100 test images the guided model keeps 45.0% [35.6, 54.8], "
-        "the control pgd 44.0% [34.7, 53.8]: the intervals overlap, so this run alone shows no difference."
+        "the control pgd 44.0% [34.7, 53.8]: the intervals overlap, so this run alone does not tell them apart."
     )
     assert baseline.startswith("The baseline keeps 0.0%") and "disjoint, and guided is 45.0 points higher" in baseline
     assert clean.startswith("Accuracy on the same images unattacked: baseline 98.0%")

@@ -1,0 +1,374 @@
+#!/usr/bin/env python3
+"""Measure hpcguard's LIME engine: cost against the bare forward pass, lime and captum; fidelity; samples; coverage.
+
+  python tools/bench_lime.py [--json] [--parts cost,fidelity,...] [--rounds 5] [--cifar10 DIR] [--weights FILE]
+
+Every figure is a ratio of two things measured in this run, on one thread, in shuffled rounds (medians). The part
+`samples` needs CIFAR-10 in DIR (data/cifar10) and the published ResNet-20 in FILE
+(data/weights/resnet20-12fca82f.th). captum (pip install captum) is needed for its own ratio only, else null.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ["TQDM_DISABLE"] = "1"  # lime's bars
+
+import numpy as np
+import torch
+from lime.lime_image import LimeImageExplainer
+from torch import Tensor, nn
+
+from hpcguard.attribution import LimeConfig, explain_batch
+from hpcguard.attribution.adaptive import fit_all
+from hpcguard.attribution.explain import hidden_fill
+from hpcguard.attribution.forward import Perturber
+from hpcguard.attribution.sampling import draw_samples
+from hpcguard.attribution.segments import segment_image
+from hpcguard.config import DataConfig, ModelConfig
+from hpcguard.data import load_images
+from hpcguard.metrics.stability import mean_pairwise_jaccard
+from hpcguard.models import Normalized, fastest_layout, for_inference, load_model
+
+PARTS = ("cost", "small", "fidelity", "memory", "samples")
+SLIC = {"segmentation": "slic", "num_segments": 50}
+Figures = dict[str, float | None]
+
+
+def paired_medians(tasks: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each task over rounds in shuffled order; a first round is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    for turn in range(rounds + 1):
+        for name in random.sample(list(tasks), len(tasks)):
+            started = time.perf_counter()
+            tasks[name]()
+            if turn:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def photographs(count: int, size: int, folder: Path) -> np.ndarray:
+    """Test images of CIFAR-10 at 32 pixels, else crops of a photograph that comes with scikit-image."""
+    if size == 32 and (folder / "cifar-10-batches-py").is_dir():
+        test = load_images(DataConfig(name="cifar10", root=folder), "test")
+        return test.images(test.ids[:count])
+    from skimage import data, transform
+
+    picture = data.astronaut() / 255
+    crops = [picture[20 * k : 20 * k + 300, 15 * k : 15 * k + 300] for k in range(count)]
+    return np.stack([transform.resize(crop, (size, size)).transpose(2, 0, 1) for crop in crops]).astype(np.float32)
+
+
+def classifier(model: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
+    """What lime's users write: float images [n, H, W, C] to probabilities."""
+
+    def predict(batch: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return model(torch.from_numpy(batch.transpose(0, 3, 1, 2)).float()).softmax(1).numpy()
+
+    return predict
+
+
+def run_lime(model: nn.Module, images: np.ndarray, segments: np.ndarray, samples: int, batch_size: int) -> list[Any]:
+    explainer = LimeImageExplainer(random_state=0)
+    return [
+        explainer.explain_instance(
+            image.transpose(1, 2, 0).astype(np.float64), classifier(model), top_labels=2, num_samples=samples,
+            batch_size=batch_size, segmentation_fn=lambda _, map=map: map,
+        )
+        for image, map in zip(images, segments, strict=True)
+    ]  # fmt: skip
+
+
+def run_captum(model: nn.Module, images: np.ndarray, segments: np.ndarray, samples: int) -> None:
+    from captum._utils.models.linear_model import SkLearnRidge
+    from captum.attr import Lime
+
+    explainer = Lime(model, interpretable_model=SkLearnRidge(alpha=1))
+    for image, map in zip(images, segments, strict=True):
+        explainer.attribute(
+            torch.from_numpy(image)[None], target=0, feature_mask=torch.from_numpy(map)[None, None], n_samples=samples,
+            perturbations_per_eval=256,
+        )  # fmt: skip
+
+
+def captum_is_there() -> bool:
+    try:
+        import captum  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def cost(model: nn.Module, images: np.ndarray, rounds: int, samples: int = 1000, batch: int = 128) -> Figures:
+    """Wall time of the engine, of the same rows through the same model, of lime and of captum."""
+    quick = for_inference(Normalized(model), torch.from_numpy(images[:2]))
+    predict = lambda x: quick(x).softmax(1)  # noqa: E731
+    config = LimeConfig(design="lime", num_samples=samples, batch_size=batch, deduplicate=False, **SLIC)
+    ids, pixels = np.arange(len(images)), fastest_layout(torch.from_numpy(images))
+    segments = np.stack([segment_image(image, config) for image in images])
+    batches: list[Tensor] = []
+    explain_batch(
+        lambda x: (batches.append(x.clone(memory_format=torch.preserve_format)), predict(x))[1], pixels, ids, config
+    )
+
+    @torch.inference_mode()
+    def forward() -> None:
+        for rows in batches:
+            predict(rows)
+
+    tasks: dict[str, Callable[[], object]] = {
+        "engine": lambda: explain_batch(predict, pixels, ids, config),
+        "floor": forward,
+        "lime_default": lambda: run_lime(model, images, segments, samples, 10),
+        "lime_256": lambda: run_lime(model, images, segments, samples, 256),
+    }
+    if captum_is_there():
+        tasks["captum_256"] = lambda: run_captum(model, images, segments, samples)
+    seconds = paired_medians(tasks, rounds)
+    print(f"  seconds an image: { {name: round(value / len(images), 3) for name, value in seconds.items()} }")
+    print(f"  segments {segments.reshape(len(images), -1).max(1).mean() + 1:.1f}")
+    others = {name: seconds[name] / seconds["engine"] if name in seconds else None for name in tasks if name != "floor"}
+    return {
+        "floor_ratio": seconds["engine"] / seconds["floor"],
+        "vs_lime_default": others.get("lime_default"),
+        "vs_lime_256": others.get("lime_256"),
+        "vs_captum_256": others.get("captum_256"),
+    }
+
+
+def part_cost(arguments: argparse.Namespace) -> Figures:
+    """ResNet-18 (torchvision's) at 32x32, 1000 samples."""
+    import torchvision
+
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=10).eval()
+    return cost(model, photographs(2, 32, arguments.cifar10), arguments.rounds)
+
+
+def part_small(arguments: argparse.Namespace) -> Figures:
+    """The same for a tiny network, where everything but the forward pass shows."""
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    tiny = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16, 10)).eval()
+    figures = cost(tiny, photographs(4, 32, arguments.cifar10), arguments.rounds)
+    return {"small_net_vs_lime_default": figures["vs_lime_default"], "small_net_floor_ratio": figures["floor_ratio"]}
+
+
+def part_fidelity(arguments: argparse.Namespace) -> Figures:
+    """Coefficients against the lime package: on its own probabilities, and with the engine's own forward pass."""
+    import torchvision
+
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=10).eval()
+    images = photographs(6, 32, arguments.cifar10)
+    same, own, orders = [], [], []
+    for index, image in enumerate(images):
+        config = LimeConfig(design="lime", num_samples=500, seed=0, **SLIC)
+        segments = segment_image(image, config)
+        answers: list[np.ndarray] = []
+        predict = classifier(model)
+        theirs = LimeImageExplainer(random_state=index).explain_instance(
+            image.transpose(1, 2, 0).astype(np.float64), lambda x, p=predict, a=answers: a.append(p(x)) or a[-1],
+            top_labels=3, num_samples=500, segmentation_fn=lambda _, map=segments: map,
+        )  # fmt: skip
+        given = iter(torch.from_numpy(np.concatenate(answers)).split([1, 499]))
+        labels, ids = np.array([theirs.top_labels]), np.array([index])
+        exact = explain_batch(
+            lambda _, g=given: next(g), image[None], ids,
+            config.model_copy(update={"batch_size": 1000, "deduplicate": False}), labels, segments[None],
+        ).to_lime(0)  # fmt: skip
+        forward = explain_batch(
+            lambda x: model(x).softmax(1), image[None], ids, config, labels, segments[None]
+        ).to_lime(0)
+        for label in theirs.top_labels:
+            expected = dict(theirs.local_exp[label])
+            same.append(max(abs(weight - expected[s]) for s, weight in exact.local_exp[label]))
+            own.append(max(abs(weight - expected[s]) for s, weight in forward.local_exp[label]))
+            orders.append([s for s, _ in forward.local_exp[label]] == [s for s, _ in theirs.local_exp[label]])
+    return {
+        "max_abs_diff_same_probabilities": max(same),
+        "max_abs_diff_own_forward": max(own),
+        "order_equal": float(np.mean(orders)),
+    }
+
+
+def part_memory(arguments: argparse.Namespace) -> Figures:
+    """Bytes of the largest batch that the model is ever given."""
+    image = photographs(1, 32, arguments.cifar10)
+    tiny = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 10)).eval()
+    peaks = []
+    for samples in (1000, 100_000):
+        seen: list[int] = []
+        config = LimeConfig(num_samples=samples, design="iid", **SLIC)
+        explain_batch(
+            lambda x, s=seen: (s.append(x.untyped_storage().nbytes()), tiny(x).softmax(1))[1],
+            image,
+            np.array([0]),
+            config,
+        )
+        peaks.append(max(seen))
+    return {"peak_rows_in_flight_bytes": float(peaks[0]), "peak_rows_in_flight_bytes_100k": float(peaks[1])}
+
+
+def part_samples(arguments: argparse.Namespace) -> Figures:
+    """Agreement of repeats, cost of `auto`, coverage of its intervals: ResNet-20, real images, 10 repeats."""
+    test = load_images(DataConfig(name="cifar10", root=arguments.cifar10), "test")
+    norm = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    model = load_model(ModelConfig(name="resnet20-cifar", **norm), 10, 3, arguments.weights)
+    images = test.images(test.ids[: arguments.images])
+    study = Study(for_inference(model, torch.from_numpy(images[:2])), images, arguments.repeats)
+    auto, stated, used = study.auto()
+    auto_jaccard = study.jaccard(auto)
+    iid = {
+        number: study.jaccard(fits)
+        for number, fits in study.iid_prefixes((128, 256, 384, 512, 768, 1024, 1536, 2048)).items()
+    }
+    sobol = study.jaccard(study.fixed("sobol", 256))
+    print(f"  top-5 Jaccard: iid { {number: round(value, 3) for number, value in iid.items()} }")
+    rows = f"{np.mean(used):.0f} rows on average (median {np.median(used):.0f})"
+    print(f"  sobol@256 {sobol:.3f}; auto {auto_jaccard:.3f} at {rows}")
+    equal = float(np.interp(auto_jaccard, list(iid.values()), list(iid)))
+    return {
+        "jaccard5_sobol256": sobol,
+        "jaccard5_iid1024": iid[1024],
+        "jaccard5_auto": auto_jaccard,
+        "auto_rows": float(np.mean(used)),
+        "iid_rows_of_equal_jaccard": equal,
+        "auto_calls_ratio": float(np.mean(used)) / equal,
+        "coverage95": study.coverage(auto, stated),
+    }
+
+
+class Study:
+    """Repeated explanations of the same images with different seeds; the predicted class is explained."""
+
+    def __init__(self, model: nn.Module, images: np.ndarray, repeats: int) -> None:
+        self.predict = lambda x: model(x).softmax(1)
+        self.images, self.repeats = fastest_layout(torch.from_numpy(images)), repeats
+        self.ids = np.arange(len(images))
+        self.base = LimeConfig(batch_size=128, **SLIC)
+        self.segments = np.stack([segment_image(image, self.base) for image in images])
+        with torch.inference_mode():
+            self.targets = self.predict(self.images).argmax(1, keepdim=True).numpy()
+
+    def explain(self, **changes: Any) -> Any:
+        config = self.base.model_copy(update=changes)
+        return explain_batch(self.predict, self.images, self.ids, config, self.targets, self.segments)
+
+    def fixed(self, design: str, number: int) -> np.ndarray:
+        runs = [self.explain(design=design, num_samples=number, seed=seed) for seed in range(self.repeats)]
+        return np.stack([run.coefficients[:, 0] for run in runs])
+
+    def auto(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        runs = [self.explain(num_samples="auto", design="hadamard", seed=seed) for seed in range(self.repeats)]
+        columns = ("coefficients", "standard_error")
+        values, errors = (np.stack([getattr(run, name)[:, 0] for run in runs]) for name in columns)
+        return values, errors, np.stack([run.num_samples for run in runs])
+
+    def iid_prefixes(self, numbers: tuple[int, ...]) -> dict[int, np.ndarray]:
+        """Fits of the first n of the same rows, for every n: each row is evaluated once."""
+        found: dict[int, list[np.ndarray]] = {number: [] for number in numbers}
+        for seed in range(self.repeats):
+            drawn = [
+                draw_samples("iid", seed, int(i), max(numbers), int(map.max()) + 1)
+                for i, map in zip(self.ids, self.segments, strict=True)
+            ]
+            recorder = _Recorder(self.predict)
+            whole = self._fit(recorder, drawn, max(numbers))
+            for number in numbers:
+                player = whole if number == max(numbers) else self._fit(recorder.replay(number), drawn, number)
+                found[number].append(player)
+        return {number: np.stack(runs) for number, runs in found.items()}
+
+    def _fit(self, evaluate: Any, drawn: list[Any], number: int) -> np.ndarray:
+        short = [replace(each, rows=each.rows[:number]) for each in drawn]
+        config = self.base.model_copy(update={"num_samples": number, "deduplicate": False})
+        maps = torch.from_numpy(self.segments)
+        hidden = hidden_fill(self.images, maps, int(maps.max()) + 1, "mean")
+        perturber = evaluate.perturber(Perturber(self.predict, self.images, hidden, maps, self.ids, 128))
+        labels = torch.from_numpy(self.targets)
+        original = perturber.originals().gather(1, labels)
+        fits = fit_all(perturber, short, original, labels, config)
+        width = max(fit.surrogate.coefficients.shape[1] for fit in fits)
+        rows = [fit.surrogate.coefficients[0].numpy() for fit in fits]
+        return np.stack([np.pad(row, (0, width - len(row)), constant_values=np.nan) for row in rows])
+
+    def jaccard(self, runs: np.ndarray) -> float:
+        """Mean over images of the mean over pairs of repeats; runs [R, B, S]."""
+        return float(np.mean([mean_pairwise_jaccard(runs[:, i], 5) for i in range(runs.shape[1])]))
+
+    def coverage(self, values: np.ndarray, errors: np.ndarray, rows: int = 8192) -> float:
+        """Share of 95% intervals that hold what many rows give, the ridge penalty in proportion."""
+        ridge = rows / self.base.max_samples
+        truth = self.explain(num_samples=rows, design="hadamard", seed=10**6, ridge=ridge).coefficients[:, 0]
+        inside = np.abs(values - truth) <= 1.96 * errors
+        return float(inside[np.isfinite(values)].mean())
+
+
+class _Recorder:
+    """Keeps what the model said to each image's rows, so that shorter fits need no new forward pass."""
+
+    def __init__(
+        self, predict: Callable[[Tensor], Tensor], answers: list[Tensor] | None = None, number: int = 0
+    ) -> None:
+        self.predict, self.answers, self.number = predict, answers, number
+        self._perturber: Perturber | None = None
+
+    def perturber(self, real: Perturber) -> Any:
+        self._perturber = real
+        return self
+
+    def originals(self) -> Tensor:
+        assert self._perturber is not None
+        return self._perturber.originals()
+
+    def evaluate(self, jobs: list[Any], labels: Tensor, deduplicate: bool) -> list[Tensor]:
+        assert self._perturber is not None
+        if self.answers is None:
+            self.answers = self._perturber.evaluate(jobs, labels, deduplicate)
+            return self.answers
+        return [answer[: self.number - 1] for answer in self.answers]
+
+    def replay(self, number: int) -> "_Recorder":
+        return _Recorder(self.predict, self.answers, number)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of every timing")
+    parser.add_argument("--images", type=int, default=24, help="images of the part samples")
+    parser.add_argument("--repeats", type=int, default=10, help="repeats of the part samples")
+    parser.add_argument("--cifar10", type=Path, default=Path("data/cifar10"))
+    parser.add_argument("--weights", type=Path, default=Path("data/weights/resnet20-12fca82f.th"))
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    random.seed(0)
+    figures: Figures = {}
+    for part in arguments.parts.split(","):
+        if part not in PARTS:
+            parser.error(f"unknown part {part!r}: some of {', '.join(PARTS)}")
+        function = globals()[f"part_{part}"]
+        print(f"{part}: {function.__doc__}", flush=True)
+        for name, value in function(arguments).items():
+            figures[name] = value
+            print(f"  {name:<34} {'not measured' if value is None else f'{value:.6g}'}", flush=True)
+    if arguments.json:
+        print(json.dumps(figures))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
