@@ -293,7 +293,7 @@ CASES: list[tuple[str, str, Callable[[Case], object], list[str]]] = [
     ("all masks empty", "refine", lambda c: c.set("refinement.spurious.z=1000"), ["empty masks", "z (1000"]),
     ("no loss left", "refine", lambda c: c.set("refinement.adversarial_weight=0", "refinement.masking.weight=0"),
      ["no loss is left"]),
-    ("DeepSpeed file missing", "refine", lambda c: deepspeed(c, None), ["ds.json", "cannot be read"]),
+    ("DeepSpeed file missing", "refine", lambda c: deepspeed(c, None), ["ds.json: not there", "refinement.deepspeed"]),
     ("DeepSpeed file torn", "refine", lambda c: deepspeed(c, "{"), ["ds.json", "not JSON"]),
     ("ZeRO 3", "refine", lambda c: deepspeed(c, '{"zero_optimization": {"stage": 3}}'), ["stage = 3", "0, 1, 2"]),
     ("half a world", "refine", half_a_world, ["RANK", "MASTER_ADDR"]),

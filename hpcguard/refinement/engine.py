@@ -3,7 +3,6 @@
 call engine(...) for the loss, engine.backward(loss), engine.step(); both count accumulation themselves.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from hpcguard.config import TrainingConfig
 from hpcguard.errors import InputError
 from hpcguard.refinement.step import GuidedStep
+from hpcguard.runs import read_json
 
 OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer", "scheduler")
 THEIRS: dict[str, Any] = {
@@ -179,15 +179,7 @@ def micro_batch_size(config: TrainingConfig, world_size: int) -> int:
 
 def read_deepspeed_json(path: Path) -> dict[str, Any]:
     """The user's DeepSpeed configuration. Raises InputError if it cannot be read or is no JSON object."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"refinement.deepspeed = {path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise InputError(f"refinement.deepspeed = {path}: not JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise InputError(f"refinement.deepspeed = {path}: expected a JSON object")
-    return values
+    return read_json(path, "refinement.deepspeed names it; examples lie in configs/deepspeed")
 
 
 def _import_deepspeed(device: torch.device) -> Any:
