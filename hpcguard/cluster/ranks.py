@@ -27,7 +27,6 @@ class Communicator(Protocol):
     size: int
 
     def gather(self, value: Any, root: int = 0) -> list[Any] | None: ...
-    def bcast(self, value: Any, root: int = 0) -> Any: ...
 
 
 class SingleProcess:
@@ -37,9 +36,6 @@ class SingleProcess:
 
     def gather(self, value: Any, root: int = 0) -> list[Any]:
         return [value]
-
-    def bcast(self, value: Any, root: int = 0) -> Any:
-        return value
 
 
 def under_mpi() -> bool:
