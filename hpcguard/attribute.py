@@ -165,7 +165,6 @@ def _dry_run(config: Config, images: ImageSet, folder: RunFolder) -> int:
         say(f"  ... and {plan.num_shards - 8} more; {len(done)} of all are done")
     seconds, segments = _measure(config, images)
     workers = min(config.cluster.workers, plan.num_shards)
-
     say(f"sample       {SAMPLE_IMAGES} images: {segments:.0f} segments, {seconds:.3f} s an image on one worker")
     left = len(images) - sum(len(plan.shard_ids(index, images.ids)) for index in done)
     total = seconds * left
@@ -186,13 +185,9 @@ def _planned(config: Config, images: ImageSet, folder: RunFolder) -> tuple[Plan,
 
 
 def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.1f} s"
-        if seconds < 100
-        else f"{seconds / 60:.0f} min"
-        if seconds < 6000
-        else f"{seconds / 3600:.1f} h"
-    )
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _measure(config: Config, images: ImageSet) -> tuple[float, float]:

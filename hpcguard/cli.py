@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from hpcguard import __version__
-from hpcguard.cluster.ranks import end_world, rank_name
+from hpcguard.cluster.ranks import end_world, rank_name, tell_fault
 from hpcguard.config import describe_keys, load_config
 from hpcguard.errors import InputError
 
@@ -61,11 +61,11 @@ def run_stage(name: str, given: list[str] | None = None) -> int:
         config = load_config(Path(arguments.config), arguments.overrides)
         return int(stage.run(config, arguments))
     except InputError as error:
-        print(f"hpcguard {name}: {rank_name()}{' '.join(str(error).split())}", file=sys.stderr)
+        tell_fault(f"hpcguard {name}: {rank_name()}{' '.join(str(error).split())}")
         return end_world(2)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"hpcguard {name}: {rank_name()}{where}{error.strerror or error}", file=sys.stderr)
+        tell_fault(f"hpcguard {name}: {rank_name()}{where}{error.strerror or error}")
         return end_world(2)
     except KeyboardInterrupt:
         print(f"hpcguard {name}: interrupted; the same command goes on from here", file=sys.stderr)

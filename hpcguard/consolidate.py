@@ -6,14 +6,13 @@ digests of all sources). Starts its own ranks with cluster.mpi_ranks, or runs un
 """
 
 import argparse
-import subprocess
 import sys
 from typing import Any
 
 import numpy as np
 
 from hpcguard.cluster.plan import Plan, attribution_identity, require_plan
-from hpcguard.cluster.ranks import Communicator, communicator, mpi_command, mpi_environment, under_mpi
+from hpcguard.cluster.ranks import Communicator, communicator, mpi_command, run_mpi, under_mpi
 from hpcguard.config import Config
 from hpcguard.data import ImageSet, load_images
 from hpcguard.errors import InputError
@@ -21,7 +20,6 @@ from hpcguard.metrics.attribution import combine_statistics, row_statistics, sum
 from hpcguard.progress import say
 from hpcguard.runs import RunFolder, digest_file, read_json, write_json
 from hpcguard.store import build_view, open_rows, shard_problem, view_problem
-from hpcguard.store.view import REDO
 
 EXAMPLE = (
     "python -m hpcguard.consolidate configs/quickstart.yaml cluster.mpi_ranks=2",
@@ -40,11 +38,11 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
     identity = attribution_identity(config, images, digest_file(folder.explained_weights(config)))
     plan = require_plan(folder.plan, identity)
     if not under_mpi():
-        if _is_done(folder, plan):
+        if not view_problem(folder.store, folder.store_manifest, plan.fingerprint):
             say(f"consolidate: {folder.store} is there and fits its {plan.num_shards} shards")
             return 0
         if config.cluster.mpi_ranks > 1 and (command := mpi_command(config.cluster.mpi_ranks, _own_command(arguments))):
-            return _run_ranks(command)
+            return run_mpi(command)
     world = communicator()
     problems, statistics = _verify(folder, plan, images, world)
     if world.rank == 0:
@@ -52,34 +50,14 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _run_ranks(command: list[str]) -> int:
-    """Run under mpiexec; of what it says of a rank's failure, show only the rank's own line."""
-    done = subprocess.run(command, env=mpi_environment(), stderr=subprocess.PIPE, text=True, check=False)
-    lines = done.stderr.splitlines()
-    own = [line for line in lines if line.startswith("hpcguard consolidate:")]
-    for line in dict.fromkeys(own) if done.returncode and own else lines:
-        print(line, file=sys.stderr)
-    return done.returncode
-
-
 def _own_command(arguments: argparse.Namespace) -> list[str]:
     return [sys.executable, "-m", "hpcguard.consolidate", arguments.config, *arguments.overrides]
-
-
-def _is_done(folder: RunFolder, plan: Plan) -> bool:
-    if not folder.store.exists() or view_problem(folder.store, folder.store_manifest):
-        return False
-    return read_json(folder.store_manifest, REDO, fingerprint=str)["fingerprint"] == plan.fingerprint
 
 
 def _verify(
     folder: RunFolder, plan: Plan, images: ImageSet, world: Communicator
 ) -> tuple[dict[int, str], dict[str, np.ndarray]]:
     """Rank r verifies shards r, r + size, ...; rank 0 gets all problems and the summed statistics."""
-    if len(images) != plan.num_images:
-        raise InputError(
-            f"{folder.plan} has {plan.num_images} images, the data section gives {len(images)}; restore it"
-        )
     problems: dict[int, str] = {}
     sums: dict[int, dict[str, np.ndarray]] = {}
     for index in range(world.rank, plan.num_shards, world.size):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from hpcguard.cluster.devices import pick_device
-from hpcguard.cluster.plan import attribution_identity, read_plan, require_plan
+from hpcguard.cluster.plan import attribution_identity, require_plan
 from hpcguard.cluster.ranks import Place, is_first_rank, run_ranks, start_as_rank, torch_rank
 from hpcguard.config import Config, TrainingConfig
 from hpcguard.data import ImageSet, load_images
@@ -31,7 +31,6 @@ from hpcguard.refinement.step import GuidedStep
 from hpcguard.refinement.train import Batches, Validation, total_steps, train
 from hpcguard.runs import RunFolder, differences, digest_file, digest_json, exclusive, publish, read_json, write_json
 from hpcguard.store import AttributionDataset, view_problem
-from hpcguard.store.view import REDO
 
 EXAMPLE = (
     "python -m hpcguard.refine configs/quickstart.yaml --arm baseline",
@@ -60,7 +59,7 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
     identities = {arm: _identity(config, config.arm(arm), folder, images) for arm in arms}
     todo = [arm for arm in arms if not _is_done(folder, arm, identities[arm])]
     for arm in todo:  # all of them first: a fault in the last must not show after hours of the first
-        _check(config, config.arm(arm), folder, images, world)
+        _check(config, config.arm(arm), identities[arm], folder, images, world)
     if is_first_rank():
         for arm in arms:
             if arm not in todo:
@@ -117,7 +116,10 @@ def _is_done(folder: RunFolder, arm: str, identity: dict[str, Any]) -> bool:
     return True
 
 
-def _check(config: Config, training: TrainingConfig, folder: RunFolder, images: ImageSet, world: Place | None) -> None:
+def _check(
+    config: Config, training: TrainingConfig, identity: dict[str, Any], folder: RunFolder, images: ImageSet,
+    world: Place | None,
+) -> None:  # fmt: skip
     """Find in seconds, before processes start, what would stop the training."""
     start = folder.explained_weights(config) if training.start == "baseline" else None
     model = load_model(config.model, len(images.classes), images.shape[0], start)
@@ -131,10 +133,8 @@ def _check(config: Config, training: TrainingConfig, folder: RunFolder, images: 
     elif world and world.size > 1:
         raise InputError(f"engine = torch runs in one process, a launcher started {world.size}; use deepspeed")
     if training.guided:
-        if problem := view_problem(folder.store, folder.store_manifest):
+        if problem := view_problem(folder.store, folder.store_manifest, identity["store"]):
             raise InputError(problem)
-        if read_json(folder.store_manifest, REDO)["fingerprint"] != read_plan(folder.plan).fingerprint:
-            raise InputError(f"{folder.store}: made from another plan than {folder.plan}; {REDO}")
         _guided_rows(folder, images, training)
 
 

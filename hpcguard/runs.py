@@ -141,7 +141,7 @@ def publish(path: Path) -> Iterator[Path]:
     attempt, so two writers cannot mix their bytes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    temporary = _temporary(path)
     try:
         yield temporary
         with temporary.open("rb") as file:
@@ -158,8 +158,8 @@ def publish(path: Path) -> Iterator[Path]:
 
 def publish_json_once(path: Path, values: Mapping[str, Any]) -> bool:
     """Publish a JSON file unless there is one already, however many processes try; whether it was us."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
-    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    temporary = _temporary(path)
+    temporary.write_text(_json_text(values), encoding="utf-8")
     try:
         os.link(temporary, path)  # unlike a rename, this fails if the name is taken
     except FileExistsError:
@@ -167,6 +167,14 @@ def publish_json_once(path: Path, values: Mapping[str, Any]) -> bool:
     finally:
         temporary.unlink()
     return True
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+
+
+def _json_text(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=1) + "\n"
 
 
 @contextmanager
@@ -188,7 +196,7 @@ def exclusive(folder: Path, patience: float = 5.0) -> Iterator[None]:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     with publish(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(_json_text(values), encoding="utf-8")
 
 
 def read_json(path: Path, remedy: str, **required: type) -> dict[str, Any]:

@@ -85,15 +85,14 @@ def explain_batch(
     perturber = Perturber(predict, batch, hidden, map_tensor, np.asarray(ids), config.batch_size)
     original = perturber.originals()
     labels = _targets(original, targets)
-    if samples is None and config.num_samples == "auto":
-        fitted = fit_adaptively(perturber, drawn, original.gather(1, labels), labels, config)
-    else:
-        fitted = fit_all(perturber, drawn, original.gather(1, labels), labels, config)
+    explained = original.gather(1, labels)
+    fit_rows = fit_adaptively if samples is None and config.num_samples == "auto" else fit_all
+    fitted = fit_rows(perturber, drawn, explained, labels, config)
     return Attribution(
         image_ids=np.asarray(ids, np.int64),
         targets=labels.cpu().numpy().astype(np.int32),
         predicted=original.argmax(1).cpu().numpy().astype(np.int32),
-        probability=original.gather(1, labels).cpu().numpy(),
+        probability=explained.cpu().numpy(),
         segments=maps.astype(np.uint16),
         num_segments=counts.astype(np.uint16),
         coefficients=_padded([fit.surrogate.coefficients for fit in fitted]),

@@ -48,8 +48,8 @@ def run_local(
     An exception fails its item at once (it would come again); a worker that dies has its item tried `attempts` times.
     Other items always go on. Raises InputError if a worker did.
     """
-    waiting = deque((item, 1) for item in items)
-    tries: dict[Any, int] = {}
+    waiting = deque(items)
+    tries = dict.fromkeys(items, 0)
     outcome = Outcome()
     pool = {slot: _start(task, slot, threads) for slot in range(min(workers, len(items)))}
     try:
@@ -68,7 +68,7 @@ def run_local(
                 if kind == "died":
                     pool[worker.slot] = worker = _start(task, worker.slot, threads)
                     if tries[item] < attempts:
-                        waiting.append((item, tries[item] + 1))
+                        waiting.append(item)
                         on_progress(item, 0)
                         _assign(worker, waiting, tries)
                         continue
@@ -86,10 +86,10 @@ def run_local(
     return outcome
 
 
-def _assign(worker: _Worker, waiting: deque[tuple[Any, int]], tries: dict[Any, int]) -> None:
+def _assign(worker: _Worker, waiting: deque[Any], tries: dict[Any, int]) -> None:
     if waiting:
-        worker.item, attempt = waiting.popleft()
-        tries[worker.item] = attempt
+        worker.item = waiting.popleft()
+        tries[worker.item] += 1
         worker.pipe.send(worker.item)
 
 
@@ -99,10 +99,8 @@ def _receive(worker: _Worker) -> tuple[str, Any]:
     except (EOFError, ConnectionResetError):
         worker.process.join()
         code = worker.process.exitcode
-        return (
-            "died",
-            f"the worker process was killed by signal {-code}" if code and code < 0 else f"exit status {code}",
-        )
+        how = f"the worker process was killed by signal {-code}" if code and code < 0 else f"exit status {code}"
+        return "died", how
 
 
 def _start(task: Task, slot: int, threads: int) -> _Worker:

@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from hpcguard.cluster.lifetime import end_with_parent
 from hpcguard.errors import InputError
 
 MPI_MARKS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
+FAULTS = "HPCGUARD_FAULTS"
 PARENT = "HPCGUARD_PARENT"
 RANK_MARKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
 TORCH_MARKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -65,15 +67,36 @@ def mpi_command(ranks: int, command: list[str]) -> list[str] | None:
     return None if found is None else [found, "-n", str(ranks), *command]
 
 
-def mpi_environment() -> dict[str, str]:
-    """This process's environment, with OpenMPI allowed to run as root and on fewer cores than ranks."""
-    return {
+def run_mpi(command: list[str]) -> int:
+    """Run an mpiexec command with hpcguard's ranks; of a failure, show the first rank's own line where there is one.
+
+    The line comes through a file: what an aborting rank has just written to stderr may be lost on its way.
+    """
+    environment = {
         **os.environ,
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "OMPI_MCA_rmaps_base_oversubscribe": "1",
+        "OMPI_MCA_rmaps_base_oversubscribe": "1",  # more ranks than cores are the user's to ask for
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
     }
+    with tempfile.TemporaryDirectory(prefix="hpcguard-") as folder:
+        faults = Path(folder) / "faults"
+        done = subprocess.run(
+            command, env={**environment, FAULTS: str(faults)}, stderr=subprocess.PIPE, text=True, check=False
+        )
+        said = faults.read_text(encoding="utf-8").splitlines()[:1] if faults.exists() else done.stderr.splitlines()
+    for line in said:
+        print(line, file=sys.stderr)
+    return done.returncode
+
+
+def tell_fault(line: str) -> None:
+    """The one line of a fault: to whoever started this rank with run_mpi, else to stderr."""
+    if FAULTS in os.environ:
+        with Path(os.environ[FAULTS]).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    else:
+        print(line, file=sys.stderr)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """ImageSet: images known by integer ids, read when asked for."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -58,6 +59,11 @@ class ImageSet:
 
     def digest(self) -> str:
         """SHA-256 over shape, ids, labels and pixels (image-folder: file names and sizes instead)."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        """Kept: several arms and stages ask for it, and it reads every pixel."""
         return digest_json([self.shape, digest_arrays(self.ids, self.labels), self.pixels.digest(self.ids)])
 
     def _rows(self, ids: ArrayLike) -> np.ndarray:

@@ -42,8 +42,8 @@ def _stored_dtype(shard: Path, name: str) -> np.dtype:
         return file[name].dtype
 
 
-def view_problem(store: Path, manifest: Path) -> str | None:
-    """Why a store cannot be trained from, or None: every source must be there with the digest that was verified.
+def view_problem(store: Path, manifest: Path, fingerprint: str) -> str | None:
+    """Why a store cannot be trained from, or None: of this plan, every source there with the digest that was verified.
 
     A virtual data set whose source is missing reads as fill values without an error, hence this check.
     """
@@ -53,6 +53,8 @@ def view_problem(store: Path, manifest: Path) -> str | None:
         recorded = read_json(manifest, REDO, sha256=str, sources=dict, fingerprint=str)
     except InputError as error:
         return str(error)
+    if recorded["fingerprint"] != fingerprint:
+        return f"{store}: made from another plan than its run folder's; {REDO}"
     for name, digest in {store.name: recorded["sha256"], **recorded["sources"]}.items():
         path = store.parent / name
         if not path.is_file():
