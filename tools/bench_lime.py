@@ -109,17 +109,19 @@ def captum_is_there() -> bool:
     return True
 
 
-def cost(model: nn.Module, images: np.ndarray, rounds: int, samples: int = 1000, batch: int = 128) -> Figures:
+def cost(model: nn.Module, images: np.ndarray, rounds: int, samples: int = 1000, batch: int = 256) -> Figures:
     """Wall time of the engine, of the same rows through the same model, of lime and of captum."""
-    quick = for_inference(Normalized(model), torch.from_numpy(images[:2]))
+    model = Normalized(model).eval()
+    quick = for_inference(model, torch.from_numpy(images[:2]))
     predict = lambda x: quick(x).softmax(1)  # noqa: E731
     config = LimeConfig(design="lime", num_samples=samples, batch_size=batch, deduplicate=False, **SLIC)
     ids, pixels = np.arange(len(images)), fastest_layout(torch.from_numpy(images))
     segments = np.stack([segment_image(image, config) for image in images])
     batches: list[Tensor] = []
     explain_batch(
-        lambda x: (batches.append(x.clone(memory_format=torch.preserve_format)), predict(x))[1], pixels, ids, config
-    )
+        lambda x: (batches.append(x.clone(memory_format=torch.preserve_format)), predict(x))[1], pixels, ids, config,
+        segments=segments,
+    )  # fmt: skip
 
     @torch.inference_mode()
     def forward() -> None:
@@ -127,7 +129,7 @@ def cost(model: nn.Module, images: np.ndarray, rounds: int, samples: int = 1000,
             predict(rows)
 
     tasks: dict[str, Callable[[], object]] = {
-        "engine": lambda: explain_batch(predict, pixels, ids, config),
+        "engine": lambda: explain_batch(predict, pixels, ids, config, segments=segments),
         "floor": forward,
         "lime_default": lambda: run_lime(model, images, segments, samples, 10),
         "lime_256": lambda: run_lime(model, images, segments, samples, 256),

@@ -44,11 +44,14 @@ class Perturber:
         layout = torch.channels_last if _is_channels_last(self.images) else torch.contiguous_format
         shape = (min(self.batch_size, count), *self.images.shape[1:])
         buffer = torch.empty(shape, device=self.images.device, memory_format=layout)
+        bits = _in_memory_order(buffer, layout)
+        perturbing, choice = -1, None
         for spans in _model_batches([len(rows) for rows, _ in distinct], self.batch_size):
             filled = 0
             for job, first, last in spans:
-                rows = distinct[job][0][first:last]
-                self._perturb(jobs[job][0], rows, buffer[filled : filled + last - first])
+                if choice is None or job != perturbing:
+                    perturbing, choice = job, self._choice(jobs[job][0], layout)
+                choice.perturb(distinct[job][0][first:last], bits[filled : filled + last - first])
                 filled += last - first
             owners = np.concatenate([np.full(last - first, self.ids[jobs[job][0]]) for job, first, last in spans])
             probability = self._checked(buffer[:filled], owners)
@@ -59,9 +62,11 @@ class Perturber:
         pairs = zip(answers, distinct, strict=True)
         return [answer if back is None else answer[back] for answer, (_, back) in pairs]
 
-    def _perturb(self, image: int, rows: Tensor, out: Tensor) -> None:
-        shown = rows.index_select(1, self.maps[image].flatten()).reshape(-1, 1, *self.maps.shape[1:])
-        torch.where(shown, self.images[image], self.hidden[image], out=out)
+    def _choice(self, image: int, layout: torch.memory_format) -> "_Choice":
+        one = slice(image, image + 1)
+        shown, hidden = (_in_memory_order(each[one], layout) for each in (self.images, self.hidden))
+        segment = self.maps[one, None].expand_as(self.images[one])
+        return _Choice(hidden, shown ^ hidden, _in_memory_order(segment, layout))
 
     def _checked(self, batch: Tensor, owners: np.ndarray) -> Tensor:
         """The model's answer, if it is [rows, K] and finite; `owners` are the image ids of the rows."""
@@ -73,6 +78,21 @@ class Perturber:
             bad = np.unique(owners[~finite.cpu().numpy()])
             raise ValueError(f"predict: NaN or infinite probabilities for image ids {bad[:5].tolist()}")
         return probability
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """One image's two faces, as bits of float32 in memory order: a row chooses between them for every segment."""
+
+    hidden: Tensor  # int32 [1, P]
+    differing: Tensor  # int32 [1, P], bits in which image and hidden image differ
+    segment: Tensor  # int64 [1, P]
+
+    def perturb(self, rows: Tensor, out: Tensor) -> None:
+        """Perturbed copies for bool [n, d] rows, to int32 [n, P]: exact, in place, and quick on a CPU as on a GPU."""
+        shown = rows.to(torch.int32).neg_()  # all bits of -1 are set
+        torch.gather(shown, 1, self.segment.expand(len(rows), -1), out=out)
+        out.bitwise_and_(self.differing).bitwise_xor_(self.hidden)
 
 
 def _distinct(rows: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -105,6 +125,13 @@ def _model_batches(lengths: list[int], batch_size: int) -> Iterator[list[tuple[i
                 spans, room = [], batch_size
     if spans:
         yield spans
+
+
+def _in_memory_order(batch: Tensor, layout: torch.memory_format) -> Tensor:
+    """[n, C, H, W] as [n, P] in the order of `layout`, float32 as its bits; a view where the batch has that layout."""
+    batch = batch.contiguous(memory_format=layout)
+    flat = (batch.permute(0, 2, 3, 1) if layout == torch.channels_last else batch).flatten(1)
+    return flat.view(torch.int32) if flat.dtype == torch.float32 else flat
 
 
 def _is_channels_last(images: Tensor) -> bool:
