@@ -86,15 +86,17 @@ class LimeConfig(Section):
     """slic's weight of closeness against colour; null: 10 for colour images, 0.1 for others."""
     num_samples: Literal["auto"] | Annotated[int, Field(ge=2, le=10_000_000)] = 256
     """Perturbed copies of an image, the image itself included; auto: as many as `precision` needs."""
-    precision: float = Field(0.1, gt=0)
-    """auto stops when every 95% interval is within this share of the label's largest coefficient."""
-    min_samples: int = Field(128, ge=16)
-    """auto looks first after so many."""
+    precision: float = Field(0.25, gt=0)
+    """auto stops when every 95% interval reaches no further than this share of the label's largest coefficient, ..."""
+    tolerance: float = Field(0.01, ge=0)
+    """... plus this much probability: where a model hardly reacts, relative precision would cost without end."""
+    min_samples: int = Field(256, ge=16)
+    """auto looks first after so many; the intervals are honest from about 256 on (docs/lime.md)."""
     max_samples: int = Field(2048, ge=16, le=10_000_000)
     """auto stops after so many at the latest."""
-    design: Literal["lime", "iid", "antithetic", "hadamard", "sobol"] = "antithetic"
+    design: Literal["lime", "iid", "antithetic", "hadamard", "sobol"] = "hadamard"
     """How 0/1 rows are drawn: the lime package's own stream; independent; in pairs (z, 1-z); Hadamard blocks and their
-    complements; scrambled Sobol points. The last three need a third to a quarter of the samples."""
+    complements; scrambled Sobol points, which have no honest standard errors. docs/lime.md compares them."""
     deduplicate: bool = True
     """Evaluate equal rows of an image once; turn off for a model with randomness."""
     kernel_width: float = Field(0.25, ge=0.01, le=100)

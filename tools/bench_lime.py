@@ -229,25 +229,24 @@ def part_samples(arguments: argparse.Namespace) -> Figures:
     model = load_model(ModelConfig(name="resnet20-cifar", **norm), 10, 3, arguments.weights)
     images = test.images(test.ids[: arguments.images])
     study = Study(for_inference(model, torch.from_numpy(images[:2])), images, arguments.repeats)
-    auto, stated, used = study.auto()
-    auto_jaccard = study.jaccard(auto)
-    iid = {
-        number: study.jaccard(fits)
-        for number, fits in study.iid_prefixes((128, 256, 384, 512, 768, 1024, 1536, 2048)).items()
-    }
-    sobol = study.jaccard(study.fixed("sobol", 256))
-    print(f"  top-5 Jaccard: iid { {number: round(value, 3) for number, value in iid.items()} }")
-    rows = f"{np.mean(used):.0f} rows on average (median {np.median(used):.0f})"
-    print(f"  sobol@256 {sobol:.3f}; auto {auto_jaccard:.3f} at {rows}")
-    equal = float(np.interp(auto_jaccard, list(iid.values()), list(iid)))
+    auto = study.repeated(num_samples="auto")
+    used = np.stack([run.num_samples for run in auto])
+    jaccard = {design: study.jaccard(study.repeated(design=design, num_samples=256)) for design in DESIGNS}
+    print(f"  top-5 Jaccard at 256 rows: { {name: round(value, 3) for name, value in jaccard.items()} }")
+    iid = study.iid_jaccard((128, 256, 384, 512, 768, 1024, 1536, 2048))
+    print(f"  top-5 Jaccard of iid rows: { {number: round(value, 3) for number, value in iid.items()} }")
+    found = study.jaccard(auto)
+    quartiles = np.quantile(used, [0.25, 0.5, 0.75]).astype(int)
+    print(f"  auto: {found:.3f} at {used.mean():.0f} rows on average (quartiles {quartiles}, most {used.max()})")
+    equal = float(np.interp(found, list(iid.values()), list(iid)))
     return {
-        "jaccard5_sobol256": sobol,
+        "jaccard5_sobol256": jaccard["sobol"],
         "jaccard5_iid1024": iid[1024],
-        "jaccard5_auto": auto_jaccard,
-        "auto_rows": float(np.mean(used)),
+        "jaccard5_auto": found,
+        "auto_rows": float(used.mean()),
         "iid_rows_of_equal_jaccard": equal,
-        "auto_calls_ratio": float(np.mean(used)) / equal,
-        "coverage95": study.coverage(auto, stated),
+        "auto_calls_ratio": float(used.mean()) / equal,
+        "coverage95": study.coverage(auto),
     }
 
 
@@ -258,91 +257,52 @@ class Study:
         self.predict = lambda x: model(x).softmax(1)
         self.images, self.repeats = fastest_layout(torch.from_numpy(images)), repeats
         self.ids = np.arange(len(images))
-        self.base = LimeConfig(batch_size=128, **SLIC)
-        self.segments = np.stack([segment_image(image, self.base) for image in images])
+        self.base = LimeConfig(**SLIC)
+        self.segments = segment_batch(self.images, self.base)
         with torch.inference_mode():
-            self.targets = self.predict(self.images).argmax(1, keepdim=True).numpy()
+            self.targets = self.predict(self.images).argmax(1, keepdim=True)
 
-    def explain(self, **changes: Any) -> Any:
-        config = self.base.model_copy(update=changes)
-        return explain_batch(self.predict, self.images, self.ids, config, self.targets, self.segments)
+    def explain(self, **changes: Any) -> Attribution:
+        config = LimeConfig(**{**self.base.model_dump(), **changes})
+        return explain_batch(self.predict, self.images, self.ids, config, self.targets.numpy(), self.segments)
 
-    def fixed(self, design: str, number: int) -> np.ndarray:
-        runs = [self.explain(design=design, num_samples=number, seed=seed) for seed in range(self.repeats)]
-        return np.stack([run.coefficients[:, 0] for run in runs])
+    def repeated(self, **changes: Any) -> list[Attribution]:
+        return [self.explain(seed=seed, **changes) for seed in range(self.repeats)]
 
-    def auto(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        runs = [self.explain(num_samples="auto", design="hadamard", seed=seed) for seed in range(self.repeats)]
-        columns = ("coefficients", "standard_error")
-        values, errors = (np.stack([getattr(run, name)[:, 0] for run in runs]) for name in columns)
-        return values, errors, np.stack([run.num_samples for run in runs])
-
-    def iid_prefixes(self, numbers: tuple[int, ...]) -> dict[int, np.ndarray]:
-        """Fits of the first n of the same rows, for every n: each row is evaluated once."""
-        found: dict[int, list[np.ndarray]] = {number: [] for number in numbers}
-        for seed in range(self.repeats):
-            drawn = [
-                draw_samples("iid", seed, int(i), max(numbers), int(map.max()) + 1)
-                for i, map in zip(self.ids, self.segments, strict=True)
-            ]
-            recorder = _Recorder(self.predict)
-            whole = self._fit(recorder, drawn, max(numbers))
-            for number in numbers:
-                player = whole if number == max(numbers) else self._fit(recorder.replay(number), drawn, number)
-                found[number].append(player)
-        return {number: np.stack(runs) for number, runs in found.items()}
-
-    def _fit(self, evaluate: Any, drawn: list[Any], number: int) -> np.ndarray:
-        short = [replace(each, rows=each.rows[:number]) for each in drawn]
-        config = self.base.model_copy(update={"num_samples": number, "deduplicate": False})
+    def iid_jaccard(self, numbers: tuple[int, ...]) -> dict[int, float]:
+        """Agreement of fits to the first n of the same rows, for every n: each row is evaluated once."""
         maps = torch.from_numpy(self.segments)
-        hidden = hidden_fill(self.images, maps, int(maps.max()) + 1, "mean")
-        perturber = evaluate.perturber(Perturber(self.predict, self.images, hidden, maps, self.ids, 128))
-        labels = torch.from_numpy(self.targets)
-        original = perturber.originals().gather(1, labels)
-        fits = fit_all(perturber, short, original, labels, config)
-        width = max(fit.surrogate.coefficients.shape[1] for fit in fits)
-        rows = [fit.surrogate.coefficients[0].numpy() for fit in fits]
-        return np.stack([np.pad(row, (0, width - len(row)), constant_values=np.nan) for row in rows])
+        counts = self.segments.reshape(len(maps), -1).max(1) + 1
+        hidden = hidden_fill(self.images, maps, int(counts.max()), "mean")
+        perturber = Perturber(self.predict, self.images, hidden, maps, self.ids, self.base.batch_size)
+        fits = {number: np.full((self.repeats, len(maps), counts.max()), np.nan) for number in numbers}
+        for seed in range(self.repeats):
+            rows = [
+                torch.from_numpy(draw_samples("iid", seed, int(i), max(numbers), int(count)).rows)
+                for i, count in zip(self.ids, counts, strict=True)
+            ]
+            answers = perturber.evaluate(list(enumerate(rows)), self.targets, deduplicate=False)
+            for number in numbers:
+                for i, count in enumerate(counts):
+                    first, answer = rows[i][:number], answers[i][:number]
+                    fit = fit_surrogate(first, answer, lime_weights(first, 0.25), ridge=1.0, paired=False)
+                    fits[number][seed, i, :count] = fit.coefficients[0].numpy()
+        return {number: _jaccard(fits[number]) for number in numbers}
 
-    def jaccard(self, runs: np.ndarray) -> float:
-        """Mean over images of the mean over pairs of repeats; runs [R, B, S]."""
-        return float(np.mean([mean_pairwise_jaccard(runs[:, i], 5) for i in range(runs.shape[1])]))
+    def jaccard(self, runs: list[Attribution]) -> float:
+        return _jaccard(np.stack([run.coefficients[:, 0] for run in runs]))
 
-    def coverage(self, values: np.ndarray, errors: np.ndarray, rows: int = 8192) -> float:
+    def coverage(self, runs: list[Attribution], rows: int = 16384) -> float:
         """Share of 95% intervals that hold what many rows give, the ridge penalty in proportion."""
         ridge = rows / self.base.max_samples
-        truth = self.explain(num_samples=rows, design="hadamard", seed=10**6, ridge=ridge).coefficients[:, 0]
-        inside = np.abs(values - truth) <= 1.96 * errors
-        return float(inside[np.isfinite(values)].mean())
+        truth = self.explain(num_samples=rows, seed=10**6, ridge=ridge).coefficients[:, 0]
+        values, widths = (np.stack([getattr(run, name)[:, 0] for run in runs]) for name in ("coefficients", "interval"))
+        return float((np.abs(values - truth) <= widths)[np.isfinite(values)].mean())
 
 
-class _Recorder:
-    """Keeps what the model said to each image's rows, so that shorter fits need no new forward pass."""
-
-    def __init__(
-        self, predict: Callable[[Tensor], Tensor], answers: list[Tensor] | None = None, number: int = 0
-    ) -> None:
-        self.predict, self.answers, self.number = predict, answers, number
-        self._perturber: Perturber | None = None
-
-    def perturber(self, real: Perturber) -> Any:
-        self._perturber = real
-        return self
-
-    def originals(self) -> Tensor:
-        assert self._perturber is not None
-        return self._perturber.originals()
-
-    def evaluate(self, jobs: list[Any], labels: Tensor, deduplicate: bool) -> list[Tensor]:
-        assert self._perturber is not None
-        if self.answers is None:
-            self.answers = self._perturber.evaluate(jobs, labels, deduplicate)
-            return self.answers
-        return [answer[: self.number - 1] for answer in self.answers]
-
-    def replay(self, number: int) -> "_Recorder":
-        return _Recorder(self.predict, self.answers, number)
+def _jaccard(runs: np.ndarray) -> float:
+    """Mean over images of the mean over pairs of repeats; runs [R, B, S]."""
+    return float(np.mean([mean_pairwise_jaccard(runs[:, i], 5) for i in range(runs.shape[1])]))
 
 
 def main() -> int:

@@ -11,8 +11,6 @@ from hpcguard.attribution.sampling import Drawn
 from hpcguard.attribution.surrogate import Surrogate, fit_surrogate, lime_weights
 from hpcguard.config import LimeConfig
 
-Z95 = 1.96
-
 
 @dataclass(frozen=True)
 class Fitted:
@@ -33,9 +31,10 @@ def fit_all(
 def fit_adaptively(
     perturber: Perturber, drawn: list[Drawn], original: Tensor, labels: Tensor, config: LimeConfig
 ) -> list[Fitted]:
-    """Give each image rows until every coefficient's 95% interval is within config.precision of the label's largest.
+    """Give each image rows until every 95% interval is within config.precision of the label's largest |coefficient|.
 
-    Looks at config.min_samples rows first, then at ever more (by half, so that looking costs little), up to all drawn.
+    config.tolerance is added to that: what a saturated model hardly reacts to needs no digits. Looks first at
+    config.min_samples rows (one more where that leaves a pair whole), then at ever more, by half, up to all drawn.
     """
     rows = [torch.as_tensor(each.rows, device=original.device) for each in drawn]
     answers = [original[i : i + 1] for i in range(len(drawn))]
@@ -43,12 +42,13 @@ def fit_adaptively(
     active = list(range(len(drawn)))
     goal = config.min_samples
     while active:
+        goal = _whole_pairs(goal, config.design)
         jobs = [(i, rows[i][len(answers[i]) : goal]) for i in active]
         for (i, _), answer in zip(jobs, perturber.evaluate(jobs, labels, config.deduplicate), strict=True):
             answers[i] = torch.cat([answers[i], answer])
             fitted[i] = _fit(drawn[i], rows[i][: len(answers[i])], answers[i], config)
-        active = [i for i in active if len(answers[i]) < len(rows[i]) and not _precise(fitted[i], config.precision)]
-        goal = 2 * goal if config.design == "sobol" else 2 * math.ceil(0.75 * goal)
+        active = [i for i in active if len(answers[i]) < len(rows[i]) and not _precise(fitted[i], config)]
+        goal = 2 * goal if config.design == "sobol" else math.ceil(1.5 * goal)
     return [fitted[i] for i in range(len(drawn))]
 
 
@@ -60,6 +60,11 @@ def _fit(drawn: Drawn, rows: Tensor, probability: Tensor, config: LimeConfig) ->
     return Fitted(fit_surrogate(rows, probability, weights, config.ridge * share, drawn.paired, whole), len(rows))
 
 
-def _precise(fitted: Fitted, precision: float) -> bool:
+def _precise(fitted: Fitted, config: LimeConfig) -> bool:
     largest = fitted.surrogate.coefficients.abs().amax(1, keepdim=True)
-    return bool((Z95 * fitted.surrogate.standard_error <= precision * largest).all())
+    return bool((fitted.surrogate.interval <= config.precision * largest + config.tolerance).all())
+
+
+def _whole_pairs(rows: int, design: str) -> int:
+    """Row 0 stands alone, so that pairs end at odd numbers."""
+    return rows + 1 - rows % 2 if design in ("antithetic", "hadamard") else rows

@@ -32,6 +32,7 @@ class Attribution:
     num_segments: np.ndarray  # uint16 [B]
     coefficients: np.ndarray  # float64 [B, L, S]
     standard_error: np.ndarray  # float64 [B, L, S]
+    interval: np.ndarray  # float64 [B, L, S], half the width of the 95% interval
     intercept: np.ndarray  # float64 [B, L]
     score: np.ndarray  # float64 [B, L], weighted R^2
     local_prediction: np.ndarray  # float64 [B, L], the surrogate at the unperturbed image
@@ -97,6 +98,7 @@ def explain_batch(
         num_segments=counts.astype(np.uint16),
         coefficients=_padded([fit.surrogate.coefficients for fit in fitted]),
         standard_error=_padded([fit.surrogate.standard_error for fit in fitted]),
+        interval=_padded([fit.surrogate.interval for fit in fitted]),
         intercept=_stacked([fit.surrogate.intercept for fit in fitted]),
         score=_stacked([fit.surrogate.score for fit in fitted]),
         local_prediction=_stacked([fit.surrogate.local_prediction for fit in fitted]),

@@ -6,6 +6,7 @@ Shapes: N rows, S segments, L labels.
 from dataclasses import dataclass
 
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 
 
@@ -13,6 +14,7 @@ from torch import Tensor
 class Surrogate:
     coefficients: Tensor  # float64 [L, S]
     standard_error: Tensor  # float64 [L, S]
+    interval: Tensor  # float64 [L, S], half the width of the 95% interval
     intercept: Tensor  # float64 [L]
     score: Tensor  # float64 [L], weighted R^2
     local_prediction: Tensor  # float64 [L], the surrogate at the unperturbed image
@@ -49,13 +51,13 @@ def fit_surrogate(
     beta_SL = torch.cholesky_solve(weighted.mT @ y, factor)
     intercept = y_mean - z_mean @ beta_SL
     residual = y - z @ beta_SL
-    if complete:
-        error = torch.zeros_like(beta_SL)
-    else:
-        error = _standard_error(z, weights_N, residual, factor, paired)
+    error = interval = torch.zeros_like(beta_SL)
+    if not complete:
+        error, interval = _sampling_error(z, weights_N, residual, factor, paired)
     return Surrogate(
         coefficients=beta_SL.mT,
         standard_error=error.mT,
+        interval=interval.mT,
         intercept=intercept,
         score=_weighted_r2(w, residual, y),
         local_prediction=intercept + beta_SL.sum(0),
@@ -70,29 +72,48 @@ def _weighted_r2(w: Tensor, residual: Tensor, centred: Tensor) -> Tensor:
     return torch.where(spread > 0, 1 - unexplained / spread.clamp_min(torch.finfo(spread.dtype).tiny), constant)
 
 
-def _standard_error(z_NS: Tensor, weights_N: Tensor, residual_NL: Tensor, factor: Tensor, paired: bool) -> Tensor:
-    """Leave-one-cluster-out (jackknife, CR3) sandwich errors of the coefficients, [S, L] (Bell & McCaffrey 2002).
+def _sampling_error(
+    z_NS: Tensor, weights_N: Tensor, residual_NL: Tensor, factor: Tensor, paired: bool
+) -> tuple[Tensor, Tensor]:
+    """Leave-one-cluster-out (jackknife, CR3) standard errors and 95% intervals of the coefficients, [S, L] each.
 
     A residual that its own cluster has pulled towards 0 is undone by (I - H)^-1, H the cluster's block of the hat
-    matrix; without it intervals are too narrow at the few hundred rows that LIME uses.
+    matrix (Bell & McCaffrey 2002); without it intervals are too narrow at the few hundred rows that LIME uses.
     """
     root = weights_N.sqrt()[:, None]
-    # Row 0 is a cluster of its own; a row of weight 0 before it makes all clusters equally long.
-    size = 2 if paired else 1
-    pad = (len(z_NS) + 1) % 2 if paired else 0
-    front = 1 if paired else 0
-    x = torch.nn.functional.pad(root * z_NS, (0, 0, front, pad))
-    e = torch.nn.functional.pad(root * residual_NL, (0, 0, front, pad))
-    solved = torch.cholesky_solve(x.mT, factor).mT.reshape(-1, size, x.shape[1])
-    x, e = x.reshape(-1, size, x.shape[1]), e.reshape(-1, size, e.shape[1])
-    remaining = torch.eye(size, dtype=x.dtype, device=x.device) - solved @ x.mT
-    if size == 1:
-        corrected = e / remaining.clamp_min(_TINY)
+    x, e, inverse = root * z_NS, root * residual_NL, torch.cholesky_inverse(factor)
+    if paired:
+        squares, fourth, clusters = _moments_of_pairs(x, e, inverse)
     else:
-        corrected = torch.linalg.solve(remaining + _TINY * torch.eye(size, dtype=x.dtype, device=x.device), e)
-    shifts = torch.einsum("cks,ckl->csl", solved, corrected)  # how far each cluster moves each coefficient
-    clusters = len(shifts)
-    return (shifts.square().sum(0) * (clusters - 1) / clusters).sqrt()
+        solved = x @ inverse
+        corrected = e / (1 - (solved * x).sum(1, keepdim=True)).clamp_min(_TINY)
+        squares, fourth = solved.square().mT @ corrected.square(), solved.pow(4).mT @ corrected.pow(4)
+        clusters = len(x)
+    error = (squares * (clusters - 1) / clusters).sqrt()
+    return error, error * _quantile(squares, fourth, clusters)
+
+
+def _moments_of_pairs(x_NS: Tensor, e_NL: Tensor, inverse_SS: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Sums over clusters of their shifts of the coefficients, squared and to the 4th, [S, L]; how many clusters."""
+    # Row 0 is a cluster of its own; a row of weight 0 before it makes all clusters equally long.
+    pad = (0, 0, 1, (len(x_NS) + 1) % 2)
+    x, e = torch.nn.functional.pad(x_NS, pad), torch.nn.functional.pad(e_NL, pad)
+    solved = (x @ inverse_SS).reshape(-1, 2, x.shape[1])
+    x, e = x.reshape(solved.shape), e.reshape(-1, 2, e.shape[1])
+    identity = torch.eye(2, dtype=x.dtype, device=x.device)
+    corrected = torch.linalg.solve((1 + _TINY) * identity - solved @ x.mT, e)
+    squared = torch.einsum("cks,ckl->csl", solved, corrected).square()
+    return squared.sum(0), squared.square().sum(0), len(x)
+
+
+def _quantile(squares: Tensor, fourth: Tensor, clusters: int) -> Tensor:
+    """Student's 97.5% quantile with as many degrees of freedom as the squared shifts show (Satterthwaite's formula).
+
+    Where few rows decide (a saturated model that rare rows flip), the standard error is itself uncertain.
+    """
+    spread = fourth - squares.square() / clusters
+    freedom = (2 * squares.square() / spread.clamp_min(torch.finfo(spread.dtype).tiny)).clamp(1, clusters)
+    return torch.from_numpy(stdtrit(freedom.cpu().numpy(), 0.975)).to(squares)
 
 
 _TINY = 1e-12
