@@ -67,7 +67,7 @@ def assert_finite(result: Attribution) -> None:
 
 @pytest.mark.parametrize("design", DESIGNS)
 def test_one_segment(image: np.ndarray, design: str) -> None:
-    """Two different rows: with weights a (shown) and b (hidden), g = a b / (a + b), the coefficient g/(g + ridge) of p."""
+    """Two different rows of weights a (shown), b (hidden), g = a b / (a + b): the coefficient is g / (g + ridge) p."""
     config = LimeConfig(fill=0.0, num_samples=20, design=design)
     result = explain_batch(brightness, image, ID, config, np.array([[0]]), np.zeros((1, 12, 12), int))
     rows = draw_samples(design, 0, 7, 20, 1).rows

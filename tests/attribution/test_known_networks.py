@@ -152,7 +152,7 @@ def test_linear_network_without_ridge_gives_its_own_weights() -> None:
 
 
 def test_and_network() -> None:
-    """p = z_1 z_2: r_j = 1 - m, along (1, 1): (1 - m) / (SUM + 1) = 0.200588 each; the intercept 1 / T - 2 m of that."""
+    """p = z_1 z_2: r_j = 1 - m, along (1, 1): (1 - m) / (SUM + 1) = 0.200588 each; intercept 1 / T - 2 m of that."""
     result = explain(And(), [1, 1])
     each = (1 - MEAN) / (SUM + 1)
     assert each == pytest.approx(0.200588, abs=1e-6)
@@ -209,8 +209,8 @@ def test_an_ignored_image_has_no_coefficients() -> None:
 def test_softmax_network_in_fractions() -> None:
     """Logits (x_1 ln 3 + x_2 ln 2, 0), so p = 6/7, 3/4, 2/3, 1/2 for 11, 10, 01, 00.
 
-    A kernel of width 100 weighs all rows 1 but for 5e-5 of it: halves of the mean effects, (6/7 + 3/4 - 2/3 - 1/2) / 4 =
-    37/336 and (6/7 + 2/3 - 3/4 - 1/2) / 4 = 23/336.
+    A kernel of width 100 weighs all rows 1 but for 5e-5 of it: half of the mean effects, (6/7 + 3/4 - 2/3 - 1/2) / 4
+    = 37/336 and (6/7 + 2/3 - 3/4 - 1/2) / 4 = 23/336.
     """
     p = [Fraction(6, 7), Fraction(3, 4), Fraction(2, 3), Fraction(1, 2)]
     assert (p[0] + p[1] - p[2] - p[3]) / 4 == Fraction(37, 336)
