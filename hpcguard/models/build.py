@@ -1,7 +1,6 @@
 """build_model: from a name in the configuration to a classifier on pixels in [0, 1]."""
 
 import difflib
-import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +12,7 @@ from hpcguard.errors import InputError
 from hpcguard.models.normalized import Normalized
 from hpcguard.models.resnet_cifar import ResNet20, resnet18
 from hpcguard.models.small_cnn import SmallCNN
+from hpcguard.plugins import import_callable
 
 OWN: dict[str, Callable[..., nn.Module]] = {
     "small-cnn": SmallCNN,
@@ -36,7 +36,7 @@ def _build_net(config: ModelConfig, num_classes: int, channels: int) -> nn.Modul
     if config.name in OWN:
         return _construct(config, OWN[config.name], {"num_classes": num_classes, "channels": channels})
     if ":" in config.name:
-        factory = _import(config.name)
+        factory = import_callable(config.name, "model.name")
         return _construct(config, factory, {"num_classes": num_classes} if _takes_classes(factory) else {})
     import torchvision  # takes two seconds, which our own models need not wait for
 
@@ -80,21 +80,6 @@ def _construct(
     if not isinstance(net, nn.Module):
         raise InputError(f"model.name = {config.name}: gave a {type(net).__name__}, not a torch.nn.Module")
     return net
-
-
-def _import(name: str) -> Callable[..., Any]:
-    module_name, _, attribute = name.partition(":")
-    try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-    except Exception as error:  # importing somebody's module runs somebody's code
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InputError(
-            f"model.name = {name}: cannot be imported ({reason}); "
-            "write package.module:callable and see that PYTHONPATH holds the package"
-        ) from error
-    if not callable(factory):
-        raise InputError(f"model.name = {name}: {attribute} is a {type(factory).__name__}, not callable")
-    return factory
 
 
 def _takes_classes(factory: Callable[..., Any]) -> bool:
