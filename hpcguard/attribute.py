@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from hpcguard.attribution import explain_batch, true_and_runner_up
+from hpcguard.attribution.segments import check_segmentation, labels_fit_a_byte
 from hpcguard.cluster.devices import pick_device
 from hpcguard.cluster.local import Report, run_local
 from hpcguard.cluster.plan import Plan, agree_on_plan, attribution_identity, make_plan, require_plan
@@ -51,6 +52,7 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
     identity = attribution_identity(config, images, digest_file(weights))
     model = load_model(config.model, len(images.classes), images.shape[0], weights)
     check_answers(model, torch.from_numpy(images.images(images.ids[:1])), len(images.classes))
+    _check_segmentation(config, images)
     folder.create()
     plan = agree_on_plan(folder.plan, make_plan(images.ids, config.attribution.unit, config.cluster.shards, identity))
     if plan.num_shards != config.cluster.shards:
@@ -63,6 +65,10 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
     if not todo:
         return 0
     return _run_shards(config, folder, plan, images, todo)
+
+
+def _check_segmentation(config: Config, images: ImageSet) -> None:
+    check_segmentation(images.images(images.ids[:1])[0], config.attribution, int(images.ids[0]))
 
 
 def _problem(folder: RunFolder, plan: Plan, images: ImageSet, index: int) -> str | None:
@@ -126,7 +132,7 @@ def attribute_shard(config: Config, plan: Plan, index: int, slot: int, report: R
     if digest_file(weights) != plan.identity["model"]["weights_sha256"]:
         raise InputError(f"{weights}: changed since the plan was made; restore it, or set run to another folder")
     predict = probabilities(config, images, weights, device)
-    narrow = config.attribution.segmentation in ("slic", "grid") and config.attribution.num_segments <= 128
+    narrow = labels_fit_a_byte(config.attribution, *images.shape[1:])
     writer = ShardWriter(folder.shard(index), folder.manifest(index), plan.fingerprint, "u1" if narrow else "u2")
     for ids in plan.units(index, images.ids):
         writer.append(explain_unit(predict, images, ids, config, device))
@@ -154,6 +160,7 @@ def explain_unit(
 
 
 def _dry_run(config: Config, images: ImageSet, folder: RunFolder) -> int:
+    _check_segmentation(config, images)
     plan, done = _planned(config, images, folder)
     say(f"run folder   {folder.path}{' (exists)' if folder.path.exists() else ''}")
     say(f"images       {len(images)} of {images.name}, {'x'.join(map(str, images.shape))}")

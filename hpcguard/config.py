@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from hpcguard.errors import InputError
@@ -26,6 +26,21 @@ def parse_fraction(value: object) -> object:
             return float(Fraction(value.replace(" ", "")))
         except (ValueError, ZeroDivisionError) as error:
             raise ValueError("write a number or a fraction such as 8/255") from error
+    return value
+
+
+SEGMENTATION_OPTIONS: dict[str, dict[str, tuple[float, float]]] = {
+    "slic": {"compactness": (1e-9, 1e9), "sigma": (0, 1e3), "max_num_iter": (1, 1e4)},
+    "quickshift": {"kernel_size": (1, 1e3), "max_dist": (0, 1e9), "ratio": (0, 1), "sigma": (0, 1e3)},
+    "felzenszwalb": {"scale": (1e-9, 1e9), "sigma": (0, 1e3), "min_size": (1, 1e9)},
+    "grid": {},
+}  # smallest and largest value of each option
+WHOLE_OPTIONS = ("max_num_iter", "min_size")
+
+
+def check_segmentation_name(value: str) -> str:
+    if value not in SEGMENTATION_OPTIONS and ":" not in value:
+        raise ValueError(f"{value}: write {', '.join(SEGMENTATION_OPTIONS)} or your own package.module:callable")
     return value
 
 
@@ -78,12 +93,16 @@ class ModelConfig(Section):
 
 
 class LimeConfig(Section):
-    segmentation: Literal["slic", "quickshift", "felzenszwalb", "grid"] = "slic"
-    """Superpixel method (scikit-image; grid: equal squares)."""
-    num_segments: int = Field(50, ge=2, le=4096)
-    """Superpixels asked for (slic, grid); slic returns fewer on small images."""
-    compactness: float | None = Field(None, gt=0)
-    """slic's weight of closeness against colour; null: 10 for colour images, 0.1 for others."""
+    segmentation: Annotated[str, AfterValidator(check_segmentation_name)] = "slic"
+    """slic, quickshift or felzenszwalb (scikit-image), grid (equal rectangles), or your own as package.module:callable:
+    like lime's segmentation_fn it gets float64 [H, W, C] in [0, 1] (C = 1 if grey) and gives integer labels [H, W],
+    always the same for the same pixels."""
+    num_segments: int | None = Field(None, ge=2, le=4096)
+    """Superpixels asked for (slic, grid); slic returns fewer on small images. null: by image size, 50 at 32x32."""
+    segmentation_options: dict[str, float] = {}
+    """Parameters of the chosen method, others by image size. slic: compactness, sigma, max_num_iter; quickshift:
+    kernel_size, max_dist, ratio, sigma (4, 200, 0.2, 0 are lime's own); felzenszwalb: scale, sigma, min_size; your own
+    callable gets them as keyword arguments."""
     num_samples: Literal["auto"] | Annotated[int, Field(ge=2, le=10_000_000)] = 256
     """Perturbed copies of an image, the image itself included; auto: as many as `precision` needs."""
     precision: float = Field(0.25, gt=0)
@@ -118,6 +137,22 @@ class LimeConfig(Section):
             raise ValueError(f"fill = {self.fill}: write mean or a constant from 0 to 1")
         if self.min_samples > self.max_samples:
             raise ValueError(f"min_samples = {self.min_samples} is more than max_samples = {self.max_samples}")
+        return self
+
+    @model_validator(mode="after")
+    def _options_are_the_methods(self) -> "LimeConfig":
+        if self.segmentation not in SEGMENTATION_OPTIONS:
+            return self  # a user's callable knows best
+        allowed = SEGMENTATION_OPTIONS[self.segmentation]
+        for name, value in self.segmentation_options.items():
+            key = f"segmentation_options.{name} = {value:g}"
+            if name not in allowed:
+                raise ValueError(f"{key}: unknown to {self.segmentation}; allowed: {', '.join(allowed) or 'none'}")
+            low, high = allowed[name]
+            if not low <= value <= high:
+                raise ValueError(f"{key}: write a number from {low:g} to {high:g}")
+            if name in WHOLE_OPTIONS and not value.is_integer():
+                raise ValueError(f"{key}: write a whole number")
         return self
 
     @property

@@ -13,7 +13,7 @@ from torch import Tensor
 from hpcguard.attribution.adaptive import fit_adaptively, fit_all
 from hpcguard.attribution.forward import Perturber, Predict
 from hpcguard.attribution.sampling import Drawn, draw_samples
-from hpcguard.attribution.segments import relabel, segment_image
+from hpcguard.attribution.segments import MOST_SEGMENTS, relabel, segment_batch
 from hpcguard.config import LimeConfig
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def explain_batch(
     if batch.ndim != 4 or len(batch) != len(ids) or len(ids) == 0:
         raise ValueError(f"expected images [B, C, H, W] and B ids, got {tuple(batch.shape)} and {len(ids)} ids")
     host = batch.cpu().numpy()
-    maps = _segment_maps(host, config) if segments is None else _own_segments(segments, host)
+    maps = segment_batch(batch, config, ids) if segments is None else _own_segments(segments, host)
     counts = maps.reshape(len(maps), -1).max(1) + 1
     drawn = _draw(ids, counts, config) if samples is None else _own_samples(samples, counts)
     map_tensor = torch.as_tensor(maps, device=batch.device)
@@ -114,16 +114,14 @@ def true_and_runner_up(probability: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([labels, others.argmax(1)], dim=1)
 
 
-def _segment_maps(images: np.ndarray, config: LimeConfig) -> np.ndarray:
-    return np.stack([segment_image(image, config) for image in images])
-
-
 def _own_segments(segments: np.ndarray, images: np.ndarray) -> np.ndarray:
     maps = np.asarray(segments)
     expected = (len(images), *images.shape[2:])
     if maps.shape != expected:
         raise ValueError(f"segments: expected the shape {expected}, got {maps.shape}")
     dense = np.stack([relabel(each) for each in maps])
+    if dense.max() >= MOST_SEGMENTS:
+        raise ValueError(f"segments: {dense.max() + 1} in one image, at most {MOST_SEGMENTS} are possible")
     if not np.array_equal(dense, maps):
         warnings.warn("segments: labels were not 0..d-1 without gaps and have been renumbered", stacklevel=3)
     return dense

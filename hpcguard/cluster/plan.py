@@ -12,7 +12,7 @@ from hpcguard.errors import InputError
 from hpcguard.runs import differences, digest_arrays, digest_json, publish_json_once, read_json
 
 PLAN_SCHEMA = 1
-ATTRIBUTION_VERSION = 2  # raise it whenever the same settings give other stored values
+ATTRIBUTION_VERSION = 3  # raise it whenever the same settings give other stored values
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hpcguard.attribution import Attribution, LimeConfig, explain_batch, true_and_runner_up
 from hpcguard.attribution.sampling import draw_samples
-from hpcguard.attribution.segments import grid_segments, relabel, segment_image
+from hpcguard.attribution.segments import grid_segments, segment_image
 
 IDS = np.array([5, 9, 11])
 
@@ -212,25 +212,6 @@ def test_segments_with_gaps_are_renumbered_with_a_warning(net: nn.Module) -> Non
             lambda x: net(x).softmax(1), smooth_images(1), np.array([0]), LimeConfig(num_samples=32), segments=gaps
         )
     assert result.num_segments[0] == 9
-
-
-def test_too_few_segments_warn() -> None:
-    with pytest.warns(UserWarning, match=r"1 segment\(s\).*num_segments"):
-        segment_image(np.ones((3, 32, 32), np.float32), LimeConfig(segmentation="felzenszwalb"))
-
-
-@pytest.mark.parametrize("method", ["slic", "quickshift", "felzenszwalb", "grid"])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_segment_labels_are_dense(method: str, channels: int) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        labels = segment_image(smooth_images(1, channels)[0], LimeConfig(segmentation=method))
-    assert labels.shape == (32, 32)
-    assert np.array_equal(np.unique(labels), np.arange(labels.max() + 1))
-
-
-def test_relabel_keeps_the_partition() -> None:
-    assert np.array_equal(relabel(np.array([[7, 3], [3, 9]])), [[1, 0], [0, 2]])
 
 
 def test_true_and_runner_up() -> None:
