@@ -8,6 +8,8 @@ of shards or workers.
 import argparse
 import os
 import time
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,10 @@ import numpy as np
 import torch
 
 from hpcguard.attribution import explain_batch, true_and_runner_up
-from hpcguard.attribution.segments import check_segmentation, labels_fit_a_byte
+from hpcguard.attribution.ahead import Block, segmented_ahead
+from hpcguard.attribution.segments import check_segmentation, labels_fit_a_byte, segments_on_device
 from hpcguard.cluster.devices import pick_device
-from hpcguard.cluster.local import Report, run_local
+from hpcguard.cluster.local import Report, cores_of_a_worker, run_local
 from hpcguard.cluster.plan import Plan, agree_on_plan, attribution_identity, make_plan, require_plan
 from hpcguard.config import Config
 from hpcguard.data import ImageSet, load_images
@@ -34,6 +37,7 @@ EXAMPLE = (
 )
 SECTIONS = ("data", "model", "attribution", "cluster")
 SAMPLE_IMAGES = 2  # explained to estimate the cost
+MOST_SEGMENTERS = 4  # of cluster.segmenters: auto
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -134,10 +138,33 @@ def attribute_shard(config: Config, plan: Plan, index: int, slot: int, report: R
     predict = probabilities(config, images, weights, device)
     narrow = labels_fit_a_byte(config.attribution, *images.shape[1:])
     writer = ShardWriter(folder.shard(index), folder.manifest(index), plan.fingerprint, "u1" if narrow else "u2")
-    for ids in plan.units(index, images.ids):
-        writer.append(explain_unit(predict, images, ids, config, device))
-        report(1)
+    with closing(_segmented(config, images, plan.units(index, images.ids), device)) as blocks:
+        for ids, pixels, segments in blocks:
+            writer.append(explain_unit(predict, pixels, images.labels_of(ids), ids, config, device, segments))
+            report(1)
     writer.publish(plan.shard_ids(index, images.ids), shard=index, pid=os.getpid())
+
+
+def _segmented(
+    config: Config, images: ImageSet, units: list[np.ndarray], device: torch.device
+) -> Generator[tuple[np.ndarray, np.ndarray, np.ndarray | None], None, None]:
+    """(ids, images, segments) of each unit; no segments where they are best made with the explanation."""
+    blocks: Iterator[Block] = ((ids, images.images(ids)) for ids in units)
+    processes = segmenters(config, device.type, images.shape[0])
+    if processes:
+        yield from segmented_ahead(blocks, config.attribution, processes)
+    else:
+        yield from ((ids, pixels, None) for ids, pixels in blocks)
+
+
+def segmenters(config: Config, device_type: str, channels: int) -> int:
+    """How many processes segment for one worker whose model runs on such a device."""
+    if config.cluster.segmenters != "auto":
+        return config.cluster.segmenters
+    if device_type == "cpu" or segments_on_device(config.attribution, device_type, channels):
+        return 0
+    workers = min(config.cluster.workers, config.cluster.shards)
+    return min(MOST_SEGMENTERS, cores_of_a_worker(workers) - 1)
 
 
 def probabilities(config: Config, images: ImageSet, weights: Path | None, device: torch.device) -> Any:
@@ -148,15 +175,20 @@ def probabilities(config: Config, images: ImageSet, weights: Path | None, device
 
 
 def explain_unit(
-    predict: Any, images: ImageSet, ids: np.ndarray, config: Config, device: torch.device
+    predict: Any,
+    images: np.ndarray,
+    labels: np.ndarray,
+    ids: np.ndarray,
+    config: Config,
+    device: torch.device,
+    segments: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Store rows of one unit: the true label and the strongest wrong one explained."""
-    pixels = fastest_layout(torch.from_numpy(images.images(ids)).to(device))
-    labels = torch.from_numpy(images.labels_of(ids)).to(device)
+    pixels = fastest_layout(torch.from_numpy(images).to(device))
     with torch.inference_mode():
-        targets = true_and_runner_up(predict(pixels), labels)
-    explained = explain_batch(predict, pixels, ids, config.attribution, targets.cpu().numpy())
-    return rows_from(explained, images.labels_of(ids))
+        targets = true_and_runner_up(predict(pixels), torch.from_numpy(labels).to(device))
+    explained = explain_batch(predict, pixels, ids, config.attribution, targets.cpu().numpy(), segments)
+    return rows_from(explained, labels)
 
 
 def _dry_run(config: Config, images: ImageSet, folder: RunFolder) -> int:
@@ -203,9 +235,11 @@ def _measure(config: Config, images: ImageSet) -> tuple[float, float]:
     device = pick_device(config.device, 0)
     predict = probabilities(config, images, None, device)
     ids = images.ids[:: max(1, len(images) // SAMPLE_IMAGES)][:SAMPLE_IMAGES]
-    explain_unit(predict, images, ids[:1], config, device)  # imports and first-call costs do not count
+    pixels, labels = images.images(ids), images.labels_of(ids)
+    # Imports and first-call costs do not count.
+    explain_unit(predict, pixels[:1], labels[:1], ids[:1], config, device)
     started = time.perf_counter()
-    rows = explain_unit(predict, images, ids, config, device)
+    rows = explain_unit(predict, pixels, labels, ids, config, device)
     return (time.perf_counter() - started) / len(ids), float(rows["num_segments"].mean())
 
 

@@ -170,6 +170,10 @@ class ClusterConfig(Section):
     """Shards to plan. The stored values do not depend on it."""
     threads: int = Field(1, gt=0, le=1024)
     """Torch threads of each worker process."""
+    segmenters: Literal["auto"] | Annotated[int, Field(ge=0, le=256)] = "auto"
+    """Processes of each worker that segment coming images while it explains; 0: the worker does it itself, in between.
+    auto: up to 4 of the worker's share of the cores where the model runs on a GPU and segmentation does not, else 0.
+    The stored values do not depend on it."""
     mpi_ranks: int = Field(1, gt=0, le=1024)
     """Ranks that consolidate starts when it is not already under mpiexec or srun."""
     attempts: int = Field(2, gt=0)

@@ -51,8 +51,10 @@ def run_local(
     waiting = deque(items)
     tries = dict.fromkeys(items, 0)
     outcome = Outcome()
-    pool = {slot: _start(task, slot, threads) for slot in range(min(workers, len(items)))}
+    pool: dict[int, _Worker] = {}
     try:
+        for slot in range(min(workers, len(items))):
+            pool[slot] = _start(task, slot, threads)
         for worker in pool.values():
             _assign(worker, waiting, tries)
         while busy := {worker.pipe: worker for worker in pool.values() if worker.item is not None}:
@@ -86,6 +88,12 @@ def run_local(
     return outcome
 
 
+def cores_of_a_worker(workers: int) -> int:
+    """This process's cores, divided among so many workers; at least 1."""
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, own // workers)
+
+
 def _assign(worker: _Worker, waiting: deque[Any], tries: dict[Any, int]) -> None:
     if waiting:
         worker.item = waiting.popleft()
@@ -106,7 +114,8 @@ def _receive(worker: _Worker) -> tuple[str, Any]:
 def _start(task: Task, slot: int, threads: int) -> _Worker:
     context = mp.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(task, slot, threads, theirs, os.getpid()), daemon=True)
+    # Not daemonic: a task may start processes of its own. It ends with us all the same: see _serve and run_local.
+    process = context.Process(target=_serve, args=(task, slot, threads, theirs, os.getpid()), daemon=False)
     process.start()
     theirs.close()
     return _Worker(process, ours, slot)

@@ -37,7 +37,7 @@ def test_the_identity_holds_settings_weights_data_and_version() -> None:
     def of(images: ImageSet = images, weights: str = "w", **changes: object) -> str:
         return make_plan(images.ids, 16, 4, attribution_identity(Config(**changes), images, weights)).fingerprint
 
-    assert of() == of(cluster={"shards": 9, "workers": 7}, data={"root": "/elsewhere"}, run="x")
+    assert of() == of(cluster={"shards": 9, "workers": 7, "segmenters": 3}, data={"root": "/elsewhere"}, run="x")
     others = [
         of(weights="v"), of(images.subset(images.ids[:-1])), of(attribution={"num_samples": 99}),
         of(model={"mean": [0.5]}), of(data={"validation": 0.1}),
