@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -74,9 +74,7 @@ def explain_batch(
     segments: your own superpixels, int [B, H, W]; samples: your own 0/1 rows [B, N, S], row 0 all ones.
     Raises ValueError for wrong shapes and for probabilities that are not finite, naming the image id.
     """
-    batch = torch.as_tensor(images, dtype=torch.float32)
-    if batch.ndim != 4 or len(batch) != len(ids) or len(ids) == 0:
-        raise ValueError(f"expected images [B, C, H, W] and B ids, got {tuple(batch.shape)} and {len(ids)} ids")
+    batch = _float_images(images, ids)
     host = batch.cpu().numpy()
     maps = segment_batch(batch, config, ids) if segments is None else _own_segments(segments, host)
     counts = maps.reshape(len(maps), -1).max(1) + 1
@@ -85,6 +83,7 @@ def explain_batch(
     hidden = hidden_fill(batch, map_tensor, int(counts.max()), config.fill)
     perturber = Perturber(predict, batch, hidden, map_tensor, np.asarray(ids), config.batch_size)
     original = perturber.originals()
+    perturber = replace(perturber, classes=original.shape[1])
     labels = _targets(original, targets)
     explained = original.gather(1, labels)
     fit_rows = fit_adaptively if samples is None and config.num_samples == "auto" else fit_all
@@ -93,7 +92,7 @@ def explain_batch(
         image_ids=np.asarray(ids, np.int64),
         targets=labels.cpu().numpy().astype(np.int32),
         predicted=original.argmax(1).cpu().numpy().astype(np.int32),
-        probability=explained.cpu().numpy(),
+        probability=explained.float().cpu().numpy(),
         segments=maps.astype(np.uint16),
         num_segments=counts.astype(np.uint16),
         coefficients=_padded([fit.surrogate.coefficients for fit in fitted]),
@@ -112,6 +111,17 @@ def true_and_runner_up(probability: Tensor, labels: Tensor) -> Tensor:
     """Targets for training: the true label and the most probable wrong one; [B, K] and [B] to int64 [B, 2]."""
     others = probability.scatter(1, labels[:, None], -torch.inf)
     return torch.stack([labels, others.argmax(1)], dim=1)
+
+
+def _float_images(images: np.ndarray | Tensor, ids: np.ndarray) -> Tensor:
+    batch = torch.as_tensor(images)
+    if not batch.is_floating_point():
+        raise ValueError(f"images: expected floats in [0, 1], got {batch.dtype}; divide pixels from 0 to 255 by 255")
+    if batch.ndim != 4 or len(batch) != len(ids) or len(ids) == 0:
+        raise ValueError(f"expected images [B, C, H, W] and B ids, got {tuple(batch.shape)} and {len(ids)} ids")
+    if np.min(ids) < 0:
+        raise ValueError(f"ids: expected numbers from 0 on, got {np.min(ids)}")
+    return batch.float()
 
 
 def _own_segments(segments: np.ndarray, images: np.ndarray) -> np.ndarray:
@@ -136,8 +146,10 @@ def _draw(ids: np.ndarray, counts: np.ndarray, config: LimeConfig) -> list[Drawn
 
 def _own_samples(samples: np.ndarray, counts: np.ndarray) -> list[Drawn]:
     rows = np.array(samples, bool)
-    if rows.ndim != 3 or len(rows) != len(counts) or rows.shape[2] < counts.max():
+    if rows.ndim != 3 or len(rows) != len(counts) or rows.shape[1] == 0 or rows.shape[2] < counts.max():
         raise ValueError(f"samples: expected [{len(counts)}, N, S >= {counts.max()}], got {rows.shape}")
+    if not np.array_equal(rows, samples):
+        raise ValueError("samples: expected nothing but 0 and 1")
     own = [row[:, :count] for row, count in zip(rows, counts, strict=True)]
     if not all(row[0].all() for row in own):
         raise ValueError("samples: row 0 must be all ones, the image itself")
@@ -172,7 +184,8 @@ def _targets(original: Tensor, targets: np.ndarray | None) -> Tensor:
     if targets is None:
         return original.topk(min(2, original.shape[1]), dim=1).indices
     labels = torch.as_tensor(np.asarray(targets), dtype=torch.int64, device=original.device)
-    if labels.ndim != 2 or len(labels) != len(original) or labels.min() < 0 or labels.max() >= original.shape[1]:
+    fits = labels.ndim == 2 and len(labels) == len(original) and labels.shape[1] > 0
+    if not fits or labels.min() < 0 or labels.max() >= original.shape[1]:
         shape, classes = tuple(labels.shape), original.shape[1]
         raise ValueError(f"targets: expected [{len(original)}, L] with labels below {classes}, got shape {shape}")
     return labels

@@ -22,24 +22,23 @@ class Perturber:
     maps: Tensor  # int64 [B, H, W]
     ids: np.ndarray  # int64 [B], for messages
     batch_size: int
+    classes: int | None = None  # how many the model has shown to have, once it has looked at the images
 
     @torch.inference_mode()
     def originals(self) -> Tensor:
         """Probabilities of the unperturbed images, [B, K]."""
-        parts = [
-            self._checked(self.images[start : start + self.batch_size], self.ids[start : start + self.batch_size])
-            for start in range(0, len(self.images), self.batch_size)
-        ]
-        return torch.cat(parts)
+        batches = [slice(start, start + self.batch_size) for start in range(0, len(self.images), self.batch_size)]
+        # Clones, for a model may work in place and the images are the caller's.
+        return torch.cat([self._checked(self.images[batch].clone(), self.ids[batch]) for batch in batches])
 
     @torch.inference_mode()
     def evaluate(self, jobs: list[Job], labels: Tensor, deduplicate: bool) -> list[Tensor]:
-        """Probabilities of each image's explained labels [B, L] for each job's rows, one [n, L] a job.
+        """Probabilities of each image's explained labels [B, L] for each job's rows, one float64 [n, L] a job.
 
         deduplicate: equal rows of an image are evaluated once.
         """
         distinct = [_distinct(rows) if deduplicate else (rows, None) for _, rows in jobs]
-        answers = [torch.empty(len(rows), labels.shape[1], device=self.images.device) for rows, _ in distinct]
+        answers = [labels.new_empty(len(rows), labels.shape[1], dtype=torch.float64) for rows, _ in distinct]
         count = sum(len(rows) for rows, _ in distinct)
         layout = torch.channels_last if _is_channels_last(self.images) else torch.contiguous_format
         shape = (min(self.batch_size, count), *self.images.shape[1:])
@@ -54,7 +53,7 @@ class Perturber:
                 choice.perturb(distinct[job][0][first:last], bits[filled : filled + last - first])
                 filled += last - first
             owners = np.concatenate([np.full(last - first, self.ids[jobs[job][0]]) for job, first, last in spans])
-            probability = self._checked(buffer[:filled], owners)
+            probability = self._checked(buffer[:filled], owners, self.classes)
             start = 0
             for job, first, last in spans:
                 answers[job][first:last] = probability[start : start + last - first, labels[jobs[job][0]]]
@@ -68,11 +67,16 @@ class Perturber:
         segment = self.maps[one, None].expand_as(self.images[one])
         return _Choice(hidden, shown ^ hidden, _in_memory_order(segment, layout))
 
-    def _checked(self, batch: Tensor, owners: np.ndarray) -> Tensor:
+    def _checked(self, batch: Tensor, owners: np.ndarray, classes: int | None = None) -> Tensor:
         """The model's answer, if it is [rows, K] and finite; `owners` are the image ids of the rows."""
         probability = self.predict(batch)
-        if probability.ndim != 2 or len(probability) != len(batch):
-            raise ValueError(f"predict: expected probabilities [{len(batch)}, K], got {tuple(probability.shape)}")
+        if not isinstance(probability, Tensor):
+            raise ValueError(f"predict: expected a tensor [{len(batch)}, K], got a {type(probability).__name__}")
+        shape = tuple(probability.shape)
+        if len(shape) != 2 or shape[0] != len(batch) or shape[1] == 0:
+            raise ValueError(f"predict: expected probabilities [{len(batch)}, K], got {shape}")
+        if classes not in (None, shape[1]):
+            raise ValueError(f"predict: {classes} classes for the images themselves, {shape[1]} for perturbed ones")
         finite = torch.isfinite(probability).all(1)
         if not finite.all():
             bad = np.unique(owners[~finite.cpu().numpy()])

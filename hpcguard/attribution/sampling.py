@@ -22,7 +22,7 @@ class Drawn:
 
     rows: np.ndarray  # bool [n, d], row 0 is the image itself
     paired: bool = False  # rows 1 and 2, 3 and 4, ... are complements, drawn together
-    complete: bool = False  # all 2^d rows, each once: nothing is left to chance
+    complete: bool = False  # all 2^d rows, each once: nothing is left to chance for who evaluates them all
 
 
 def draw_samples(design: Design, seed: int, image_id: int, num_samples: int, num_segments: int) -> Drawn:
@@ -33,7 +33,7 @@ def draw_samples(design: Design, seed: int, image_id: int, num_samples: int, num
     if design == "lime":
         return Drawn(_lime_rows(seed + image_id, num_samples, num_segments))
     if num_segments < 63 and 2**num_segments <= num_samples:
-        return Drawn(_all_rows(num_segments), complete=True)
+        return Drawn(_all_rows(keyed_generator("samples", seed, image_id), num_segments), paired=True, complete=True)
     generator = keyed_generator("samples", seed, image_id)
     rest = num_samples - 1
     rows = _DRAW[design](generator, rest, num_segments)
@@ -57,9 +57,12 @@ def _lime_rows(seed: int, num_samples: int, num_segments: int) -> np.ndarray:
     return rows
 
 
-def _all_rows(num_segments: int) -> np.ndarray:
-    numbers = np.arange(2**num_segments)[::-1]  # all ones first
-    return (numbers[:, None] >> np.arange(num_segments) & 1).astype(bool)
+def _all_rows(generator: np.random.Generator, num_segments: int) -> np.ndarray:
+    """All ones, then pairs (z, 1 - z) in random order, so that it is fair to stop early; all zeros last."""
+    halves = generator.permutation(2 ** (num_segments - 1) - 1) + 1
+    rows = (halves[:, None] >> np.arange(num_segments) & 1).astype(bool)
+    ends = np.ones((1, num_segments), bool)
+    return np.concatenate([ends, _fold(rows), ~ends])
 
 
 def _iid(generator: np.random.Generator, count: int, num_segments: int) -> np.ndarray:

@@ -43,7 +43,8 @@ def fit_surrogate(
     z, y, w = rows_NS.to(torch.float64), probability_NL.to(torch.float64), weights_N[:, None]
     total = weights_N.sum()
     z_mean, y_mean = (w * z).sum(0) / total, (w * y).sum(0) / total
-    z, y = z - z_mean, y - y_mean
+    constant = (y == y[0]).all(0)
+    z, y = z - z_mean, torch.where(constant, 0.0, y - y_mean)  # 0 and not what rounding leaves of it
     weighted = w * z
     gram = weighted.mT @ z
     gram.diagonal().add_(ridge)
@@ -67,9 +68,8 @@ def fit_surrogate(
 
 def _weighted_r2(w: Tensor, residual: Tensor, centred: Tensor) -> Tensor:
     unexplained, spread = (w * residual.square()).sum(0), (w * centred.square()).sum(0)
-    # A constant model: scikit-learn calls a perfect fit 1 and anything else 0.
-    constant = torch.where(unexplained > 0, 0.0, 1.0).to(spread.dtype)
-    return torch.where(spread > 0, 1 - unexplained / spread.clamp_min(torch.finfo(spread.dtype).tiny), constant)
+    # scikit-learn's rule for a constant: 1, as ours is always met.
+    return torch.where(spread > 0, 1 - unexplained / spread.clamp_min(torch.finfo(spread.dtype).tiny), 1.0)
 
 
 def _sampling_error(
