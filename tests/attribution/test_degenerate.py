@@ -18,6 +18,12 @@ ID = np.array([7])
 NINE = grid_segments(12, 12, 9)[None]
 
 
+def auto(design: str, min_samples: int = 128) -> LimeConfig:
+    return LimeConfig(
+        design=design, fill=0.0, num_samples="auto", precision=0.1, tolerance=0.0, min_samples=min_samples
+    )
+
+
 @pytest.fixture(scope="module")
 def image() -> np.ndarray:
     return np.random.default_rng(0).random((1, 1, 12, 12), np.float32)
@@ -96,7 +102,7 @@ def test_a_constant_model_is_explained_perfectly_by_nothing(
 
 @pytest.mark.parametrize("probability", [0.5, 1 / 3, 0.1])
 def test_auto_spends_no_samples_on_a_constant_model(image: np.ndarray, probability: float) -> None:
-    config = LimeConfig(design="iid", num_samples="auto", min_samples=64)
+    config = auto("iid", 64)
     result = explain_batch(constant(probability), image, ID, config, None, grid_segments(12, 12, 16)[None])
     assert result.num_samples[0] == 64
 
@@ -169,7 +175,7 @@ def test_auto_hides_every_one_of_a_few_segments(count: int) -> None:
     """An additive model leaves no residual, so auto stops at once: by then every segment must have been hidden."""
     segments = np.arange(144).reshape(1, 12, 12) * count // 144
     effects = np.linspace(0.001, 0.03, count)
-    config = LimeConfig(fill=0.0, num_samples="auto")
+    config = auto("iid")
     ones = np.ones((1, 1, 12, 12), np.float32)
     result = explain_batch(additive(segments, effects), ones, ID, config, np.array([[0]]), segments)
     assert result.coefficients[0, 0] == pytest.approx(effects, abs=0.1 * effects.max())
@@ -181,7 +187,7 @@ def test_auto_stops_at_rows_that_tell_all_segments_apart(design: str, count: int
     """Two segments that are always shown and hidden together share their effects, and no residual gives that away."""
     segments = np.arange(144).reshape(1, 12, 12) * count // 144
     effects = np.random.default_rng(0).normal(size=count) * 0.004
-    config = LimeConfig(fill=0.0, num_samples="auto", design=design)
+    config = auto(design)
     ones, ids = np.ones((3, 1, 12, 12), np.float32), np.arange(3)
     maps = np.repeat(segments, 3, axis=0)
     result = explain_batch(additive(segments, effects), ones, ids, config, np.zeros((3, 1), int), maps)

@@ -70,7 +70,7 @@ def test_the_models_batch_size_changes_no_byte(
 ) -> None:
     settings = {
         "design": design, "num_samples": num_samples, "deduplicate": deduplicate,
-        "precision": 0.6, "min_samples": 32, "max_samples": 128,
+        "precision": 0.6, "tolerance": 0.0, "min_samples": 32, "max_samples": 128,
     }  # fmt: skip
     first, *others = (explained(model, images, batch_size=size, **settings) for size in (1, 3, 64))
     assert np.abs(first.coefficients[0]).max() > 0
@@ -82,7 +82,14 @@ def test_the_models_batch_size_changes_no_byte(
 def test_auto_stops_at_different_numbers_of_samples(images: np.ndarray) -> None:
     """What the test above needs in order to say something about it."""
     counts = explained(
-        integers, images, design="iid", num_samples="auto", precision=0.6, min_samples=32, max_samples=128
+        integers,
+        images,
+        design="iid",
+        num_samples="auto",
+        precision=0.6,
+        tolerance=0.0,
+        min_samples=32,
+        max_samples=128,
     ).num_samples
     assert len(set(counts.tolist())) > 1
 
@@ -111,8 +118,9 @@ def test_an_image_has_the_same_bytes_in_any_company(
 ) -> None:
     """Alone, and among images with more and fewer segments, in another order, in other model batches."""
     config = LimeConfig(
-        design=design, num_samples=num_samples, batch_size=50, precision=0.6, min_samples=32, max_samples=128
-    )
+        design=design, num_samples=num_samples, batch_size=50,
+        precision=0.6, tolerance=0.0, min_samples=32, max_samples=128,
+    )  # fmt: skip
     order = np.array([2, 0, 3, 1])
     together = explain_batch(model, images[order], IDS[order], config, segments=MAPS[order])
     for place, i in enumerate(order):
