@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hpcguard.attribution.forward import Perturber
-from hpcguard.attribution.sampling import Drawn
+from hpcguard.attribution.sampling import Drawn, coincide
 from hpcguard.attribution.surrogate import Surrogate, fit_surrogate, lime_weights
 from hpcguard.config import LimeConfig
 
@@ -47,7 +47,7 @@ def fit_adaptively(
         for (i, _), answer in zip(jobs, perturber.evaluate(jobs, labels, config.deduplicate), strict=True):
             answers[i] = torch.cat([answers[i], answer])
             fitted[i] = _fit(drawn[i], rows[i][: len(answers[i])], answers[i], config)
-        active = [i for i in active if len(answers[i]) < len(rows[i]) and not _precise(fitted[i], config)]
+        active = [i for i in active if len(answers[i]) < len(rows[i]) and not _enough(drawn[i], fitted[i], config)]
         goal = 2 * goal if config.design == "sobol" else math.ceil(1.5 * goal)
     return [fitted[i] for i in range(len(drawn))]
 
@@ -60,9 +60,11 @@ def _fit(drawn: Drawn, rows: Tensor, probability: Tensor, config: LimeConfig) ->
     return Fitted(fit_surrogate(rows, probability, weights, config.ridge * share, drawn.paired, whole), len(rows))
 
 
-def _precise(fitted: Fitted, config: LimeConfig) -> bool:
+def _enough(drawn: Drawn, fitted: Fitted, config: LimeConfig) -> bool:
     largest = fitted.surrogate.coefficients.abs().amax(1, keepdim=True)
-    return bool((fitted.surrogate.interval <= config.precision * largest + config.tolerance).all())
+    precise = fitted.surrogate.interval <= config.precision * largest + config.tolerance
+    # Segments that the first rows always hide together leave no residual to be seen in an interval.
+    return bool(precise.all()) and not coincide(drawn.rows[1 : fitted.num_samples])
 
 
 def _whole_pairs(rows: int, design: str) -> int:

@@ -37,7 +37,7 @@ def draw_samples(design: Design, seed: int, image_id: int, num_samples: int, num
     generator = keyed_generator("samples", seed, image_id)
     rest = num_samples - 1
     rows = _DRAW[design](generator, rest, num_segments)
-    if design in ("hadamard", "sobol") and _coincide(rows):
+    if design in ("hadamard", "sobol") and coincide(rows):
         warnings.warn(
             f"{design}: two columns of image {image_id} coincide at {num_samples} samples of {num_segments} segments; "
             f"antithetic rows are used for it. Raise attribution.num_samples to {4 * num_segments} or more",
@@ -109,7 +109,7 @@ def _fold(rows: np.ndarray) -> np.ndarray:
     return np.stack([rows, ~rows], 1).reshape(2 * len(rows), rows.shape[1])
 
 
-def _coincide(rows: np.ndarray) -> bool:
-    """Whether two columns are equal or complementary: their segments could then not be told apart."""
+def coincide(rows: np.ndarray) -> bool:
+    """Whether two columns of bool [n, d] are equal or complementary: their segments could then not be told apart."""
     columns = np.packbits(rows ^ rows[0], axis=0)
     return len(np.unique(columns, axis=1).T) < rows.shape[1]
