@@ -20,7 +20,7 @@ import torch
 from hpcguard.attribution import explain_batch, true_and_runner_up
 from hpcguard.attribution.ahead import Block, segmented_ahead
 from hpcguard.attribution.segments import check_segmentation, labels_fit_a_byte, segments_on_device
-from hpcguard.cluster.devices import pick_device
+from hpcguard.cluster.devices import full_float32, pick_device
 from hpcguard.cluster.local import Report, cores_of_a_worker, run_local
 from hpcguard.cluster.plan import Plan, agree_on_plan, attribution_identity, make_plan, require_plan
 from hpcguard.config import Config
@@ -169,8 +169,9 @@ def segmenters(config: Config, device_type: str, channels: int) -> int:
 
 def probabilities(config: Config, images: ImageSet, weights: Path | None, device: torch.device) -> Any:
     """The model as a function from images in [0, 1] to probabilities."""
-    example = torch.from_numpy(images.images(images.ids[:2]))
-    model = for_inference(load_model(config.model, len(images.classes), images.shape[0], weights), example).to(device)
+    full_float32()
+    example = torch.from_numpy(images.images(images.ids[:2])).to(device)
+    model = for_inference(load_model(config.model, len(images.classes), images.shape[0], weights), example)
     return lambda batch: model(batch).softmax(1)
 
 

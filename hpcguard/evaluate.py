@@ -21,7 +21,7 @@ from torch import Tensor
 from hpcguard.attacks import autoattack
 from hpcguard.attacks.autoattack import check_classes
 from hpcguard.attribution import explain_batch, true_and_runner_up
-from hpcguard.cluster.devices import pick_device
+from hpcguard.cluster.devices import full_float32, pick_device
 from hpcguard.cluster.local import Report, run_local
 from hpcguard.config import Config
 from hpcguard.data import ImageSet, load_images
@@ -123,6 +123,7 @@ def evaluate_arm(config: Config, identities: dict[str, dict[str, Any]], arm: str
     """Measure one arm of a run and publish its result."""
     started = time.monotonic()
     folder = RunFolder(config.run)
+    full_float32()
     device = pick_device(config.device, slot)
     test = test_images(config)
     weights = _weights(config, folder, arm)

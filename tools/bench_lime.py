@@ -3,8 +3,8 @@
 
   python tools/bench_lime.py [--json] [--parts cost,fidelity,...] [--rounds 5] [--cifar10 DIR] [--weights FILE]
 
-Every figure is a ratio of two things measured in this run, on one thread, in shuffled rounds (medians). The part
-`samples` needs CIFAR-10 in DIR (data/cifar10) and the published ResNet-20 in FILE
+Every figure is a ratio of two things measured in this run, on one thread, in shuffled rounds (medians). All parts take
+about an hour on a CPU. The part `samples` needs CIFAR-10 in DIR (data/cifar10) and the published ResNet-20 in FILE
 (data/weights/resnet20-12fca82f.th). captum (pip install captum) is needed for its own ratio only, else null.
 """
 
@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +28,23 @@ import torch
 from lime.lime_image import LimeImageExplainer
 from torch import Tensor, nn
 
-from hpcguard.attribution import LimeConfig, explain_batch
-from hpcguard.attribution.adaptive import fit_all
+from hpcguard.attribution import Attribution, LimeConfig, explain_batch
+from hpcguard.attribution.ahead import segmented_ahead
 from hpcguard.attribution.explain import hidden_fill
 from hpcguard.attribution.forward import Perturber
 from hpcguard.attribution.sampling import draw_samples
-from hpcguard.attribution.segments import segment_image
+from hpcguard.attribution.segments import quickshift_maps, segment_batch, segment_image
+from hpcguard.attribution.surrogate import fit_surrogate, lime_weights
+from hpcguard.cluster.devices import full_float32
 from hpcguard.config import DataConfig, ModelConfig
 from hpcguard.data import load_images
 from hpcguard.metrics.stability import mean_pairwise_jaccard
 from hpcguard.models import Normalized, fastest_layout, for_inference, load_model
 
-PARTS = ("cost", "small", "fidelity", "memory", "samples")
+PARTS = ("cost", "small", "large", "fidelity", "memory", "device", "samples")
+DESIGNS = ("iid", "antithetic", "hadamard", "sobol")
 SLIC = {"segmentation": "slic", "num_segments": 50}
+SHIFT = {"segmentation": "quickshift", "segmentation_options": {"kernel_size": 4, "max_dist": 200, "ratio": 0.2}}
 Figures = dict[str, float | None]
 
 
@@ -71,9 +75,11 @@ def photographs(count: int, size: int, folder: Path) -> np.ndarray:
 def classifier(model: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
     """What lime's users write: float images [n, H, W, C] to probabilities."""
 
+    device = next(model.parameters()).device
+
     def predict(batch: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            return model(torch.from_numpy(batch.transpose(0, 3, 1, 2)).float()).softmax(1).numpy()
+            return model(torch.from_numpy(batch.transpose(0, 3, 1, 2)).float().to(device)).softmax(1).cpu().numpy()
 
     return predict
 
@@ -93,11 +99,11 @@ def run_captum(model: nn.Module, images: np.ndarray, segments: np.ndarray, sampl
     from captum._utils.models.linear_model import SkLearnRidge
     from captum.attr import Lime
 
-    explainer = Lime(model, interpretable_model=SkLearnRidge(alpha=1))
+    explainer, device = Lime(model, interpretable_model=SkLearnRidge(alpha=1)), next(model.parameters()).device
     for image, map in zip(images, segments, strict=True):
         explainer.attribute(
-            torch.from_numpy(image)[None], target=0, feature_mask=torch.from_numpy(map)[None, None], n_samples=samples,
-            perturbations_per_eval=256,
+            torch.from_numpy(image)[None].to(device), target=0, n_samples=samples, perturbations_per_eval=256,
+            feature_mask=torch.from_numpy(map)[None, None].to(device),
         )  # fmt: skip
 
 
@@ -109,52 +115,60 @@ def captum_is_there() -> bool:
     return True
 
 
-def cost(model: nn.Module, images: np.ndarray, rounds: int, samples: int = 1000, batch: int = 256) -> Figures:
+def cost(model: nn.Module, images: np.ndarray, arguments: argparse.Namespace, samples: int = 1000) -> Figures:
     """Wall time of the engine, of the same rows through the same model, of lime and of captum."""
-    model = Normalized(model).eval()
-    quick = for_inference(model, torch.from_numpy(images[:2]))
+    device = torch.device(arguments.device)
+    model, pixels = Normalized(model).eval().to(device), fastest_layout(torch.from_numpy(images).to(device))
+    quick = for_inference(model, pixels[:2])
     predict = lambda x: quick(x).softmax(1)  # noqa: E731
-    config = LimeConfig(design="lime", num_samples=samples, batch_size=batch, deduplicate=False, **SLIC)
-    ids, pixels = np.arange(len(images)), fastest_layout(torch.from_numpy(images))
-    segments = np.stack([segment_image(image, config) for image in images])
+    # On a GPU the engine's time includes segmentation, which it does there; elsewhere all are given the same maps.
+    on_gpu = device.type == "cuda"
+    method = {"segmentation": "quickshift"} if on_gpu else SLIC
+    config = LimeConfig(design="lime", num_samples=samples, deduplicate=False, batch_size=arguments.batch, **method)
+    segments = segment_batch(pixels, config)
+    explain = partial(
+        explain_batch, images=pixels, ids=np.arange(len(images)), config=config, segments=None if on_gpu else segments
+    )
     batches: list[Tensor] = []
-    explain_batch(
-        lambda x: (batches.append(x.clone(memory_format=torch.preserve_format)), predict(x))[1], pixels, ids, config,
-        segments=segments,
-    )  # fmt: skip
+    explain(lambda x: (batches.append(x.clone(memory_format=torch.preserve_format)), predict(x))[1])
 
     @torch.inference_mode()
     def forward() -> None:
         for rows in batches:
-            predict(rows)
+            probability = predict(rows)
+        probability.cpu()  # waits for a GPU
 
     tasks: dict[str, Callable[[], object]] = {
-        "engine": lambda: explain_batch(predict, pixels, ids, config, segments=segments),
+        "engine": lambda: explain(predict),
         "floor": forward,
         "lime_default": lambda: run_lime(model, images, segments, samples, 10),
         "lime_256": lambda: run_lime(model, images, segments, samples, 256),
     }
     if captum_is_there():
         tasks["captum_256"] = lambda: run_captum(model, images, segments, samples)
-    seconds = paired_medians(tasks, rounds)
+    seconds = paired_medians(tasks, arguments.rounds)
     print(f"  seconds an image: { {name: round(value / len(images), 3) for name, value in seconds.items()} }")
     print(f"  segments {segments.reshape(len(images), -1).max(1).mean() + 1:.1f}")
-    others = {name: seconds[name] / seconds["engine"] if name in seconds else None for name in tasks if name != "floor"}
+    others = {name: seconds[name] / seconds["engine"] for name in tasks if name != "floor"}
     return {
         "floor_ratio": seconds["engine"] / seconds["floor"],
-        "vs_lime_default": others.get("lime_default"),
-        "vs_lime_256": others.get("lime_256"),
+        "vs_lime_default": others["lime_default"],
+        "vs_lime_256": others["lime_256"],
         "vs_captum_256": others.get("captum_256"),
     }
 
 
 def part_cost(arguments: argparse.Namespace) -> Figures:
     """ResNet-18 (torchvision's) at 32x32, 1000 samples."""
+    images = photographs(2 if arguments.device == "cpu" else 16, 32, arguments.cifar10)
+    return cost(resnet18(), images, arguments)
+
+
+def resnet18() -> nn.Module:
     import torchvision
 
     torch.manual_seed(0)
-    model = torchvision.models.resnet18(num_classes=10).eval()
-    return cost(model, photographs(2, 32, arguments.cifar10), arguments.rounds)
+    return torchvision.models.resnet18(num_classes=10).eval()
 
 
 def part_small(arguments: argparse.Namespace) -> Figures:
@@ -162,17 +176,55 @@ def part_small(arguments: argparse.Namespace) -> Figures:
     torch.manual_seed(0)
     layers = (nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
     tiny = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16, 10)).eval()
-    figures = cost(tiny, photographs(4, 32, arguments.cifar10), arguments.rounds)
+    figures = cost(tiny, photographs(4, 32, arguments.cifar10), arguments)
     return {"small_net_vs_lime_default": figures["vs_lime_default"], "small_net_floor_ratio": figures["floor_ratio"]}
 
 
-def part_fidelity(arguments: argparse.Namespace) -> Figures:
-    """Coefficients against the lime package: on its own probabilities, and with the engine's own forward pass."""
-    import torchvision
+def trained(arguments: argparse.Namespace) -> nn.Module:
+    """The published ResNet-20 if its file is there, else an untrained ResNet-18, whose coefficients are small."""
+    if not arguments.weights.exists():
+        print(f"  {arguments.weights} is not there: an untrained ResNet-18 instead")
+        return resnet18()
+    norm = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    return load_model(ModelConfig(name="resnet20-cifar", **norm), 10, 3, arguments.weights).eval()
 
-    torch.manual_seed(0)
-    model = torchvision.models.resnet18(num_classes=10).eval()
+
+def part_large(arguments: argparse.Namespace) -> Figures:
+    """ResNet-18 at 224x224, 8 images, lime's default quickshift in one process beside the model's thread."""
+    device, samples, batch = torch.device(arguments.device), 128, 64
+    images = photographs(8, 224, arguments.cifar10)
+    quick = for_inference(Normalized(resnet18()), torch.from_numpy(images[:2]).to(device))
+    predict = lambda x: quick(x).softmax(1)  # noqa: E731
+    config = LimeConfig(num_samples=samples, batch_size=batch, **SHIFT)
+    sizes: list[int] = []  # of the model's batches
+    buffer = fastest_layout(torch.from_numpy(np.resize(images, (batch, *images.shape[1:]))).to(device))
+
+    def explain(processes: int, model: Callable[[Tensor], Tensor] = predict) -> None:
+        pairs = [(np.arange(k, k + 2), images[k : k + 2]) for k in range(0, len(images), 2)]
+        for ids, pixels, maps in segmented_ahead(pairs, config, processes):
+            explain_batch(model, fastest_layout(torch.from_numpy(pixels).to(device)), ids, config, segments=maps)
+
+    @torch.inference_mode()
+    def forward() -> None:
+        for size in sizes:
+            probability = predict(buffer[:size])
+        probability.cpu()
+
+    explain(1, lambda x: (sizes.append(len(x)), torch.full((len(x), 10), 0.1, device=device))[1])
+    tasks = {"overlapped": lambda: explain(1), "in turn": lambda: explain(0), "floor": forward}
+    seconds = paired_medians(tasks, arguments.rounds)
+    print(f"  seconds an image: { {name: round(value / len(images), 3) for name, value in seconds.items()} }")
+    return {
+        "imagenet_like_ratio": seconds["overlapped"] / seconds["floor"],
+        "imagenet_like_ratio_in_turn": seconds["in turn"] / seconds["floor"],
+    }
+
+
+def part_fidelity(arguments: argparse.Namespace) -> Figures:
+    """Coefficients against the lime package, ResNet-20: on its probabilities, and with attribution's forward pass."""
+    model = trained(arguments)
     images = photographs(6, 32, arguments.cifar10)
+    quick = for_inference(model if isinstance(model, Normalized) else Normalized(model), torch.from_numpy(images[:2]))
     same, own, orders = [], [], []
     for index, image in enumerate(images):
         config = LimeConfig(design="lime", num_samples=500, seed=0, **SLIC)
@@ -190,8 +242,9 @@ def part_fidelity(arguments: argparse.Namespace) -> Figures:
             config.model_copy(update={"batch_size": 1000, "deduplicate": False}), labels, segments[None],
         ).to_lime(0)  # fmt: skip
         forward = explain_batch(
-            lambda x: model(x).softmax(1), image[None], ids, config, labels, segments[None]
-        ).to_lime(0)
+            lambda x: quick(x).softmax(1), fastest_layout(torch.from_numpy(image[None])), ids, config, labels,
+            segments[None],
+        ).to_lime(0)  # fmt: skip
         for label in theirs.top_labels:
             expected = dict(theirs.local_exp[label])
             same.append(max(abs(weight - expected[s]) for s, weight in exact.local_exp[label]))
@@ -222,11 +275,41 @@ def part_memory(arguments: argparse.Namespace) -> Figures:
     return {"peak_rows_in_flight_bytes": float(peaks[0]), "peak_rows_in_flight_bytes_100k": float(peaks[1])}
 
 
+def part_device(arguments: argparse.Namespace) -> Figures:
+    """What a device does to results: quickshift in torch against scikit-image; coarser arithmetic against float32."""
+    device = torch.device(arguments.device)
+    images = photographs(16, 32, arguments.cifar10)
+    model = trained(arguments).to(device)
+    pixels = fastest_layout(torch.from_numpy(images).to(device))
+    config = LimeConfig(segmentation="quickshift", num_samples=500)
+    ours, theirs = quickshift_maps(pixels, config), np.stack([segment_image(image, config) for image in images])
+
+    def explain(predict: Callable[[Tensor], Tensor]) -> np.ndarray:
+        return explain_batch(predict, pixels, np.arange(len(images)), config, segments=theirs).coefficients
+
+    def coarse(x: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            return model(x).float().softmax(1)
+
+    exact = explain(lambda x: model(x).softmax(1))
+    differences = {"bf16": np.nanmax(np.abs(explain(coarse) - exact)) / np.nanmax(np.abs(exact)), "tf32": None}
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+        differences["tf32"] = np.nanmax(np.abs(explain(lambda x: model(x).softmax(1)) - exact)) / np.nanmax(
+            np.abs(exact)
+        )
+        full_float32()
+    return {
+        "quickshift_equal": float(np.mean([np.array_equal(*pair) for pair in zip(ours, theirs, strict=True)])),
+        "bf16_share_of_largest": differences["bf16"],
+        "tf32_share_of_largest": differences["tf32"],
+    }
+
+
 def part_samples(arguments: argparse.Namespace) -> Figures:
     """Agreement of repeats, cost of `auto`, coverage of its intervals: ResNet-20, real images, 10 repeats."""
     test = load_images(DataConfig(name="cifar10", root=arguments.cifar10), "test")
-    norm = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-    model = load_model(ModelConfig(name="resnet20-cifar", **norm), 10, 3, arguments.weights)
+    model = trained(arguments)
     images = test.images(test.ids[: arguments.images])
     study = Study(for_inference(model, torch.from_numpy(images[:2])), images, arguments.repeats)
     auto = study.repeated(num_samples="auto")
@@ -312,11 +395,14 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="rounds of every timing")
     parser.add_argument("--images", type=int, default=24, help="images of the part samples")
     parser.add_argument("--repeats", type=int, default=10, help="repeats of the part samples")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, for cost, small, large and device")
+    parser.add_argument("--batch", type=int, default=256, help="rows in a forward pass, for cost and small")
     parser.add_argument("--cifar10", type=Path, default=Path("data/cifar10"))
     parser.add_argument("--weights", type=Path, default=Path("data/weights/resnet20-12fca82f.th"))
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
+    full_float32()
     random.seed(0)
     figures: Figures = {}
     for part in arguments.parts.split(","):

@@ -40,10 +40,10 @@ DEFAULTS = (
     Defaults(side=24, num_segments=40, kernel_size=1, max_dist=10, scale=10, min_size=8),
     Defaults(side=32, num_segments=50, kernel_size=1, max_dist=10, scale=10, min_size=8),
     Defaults(side=48, num_segments=50, kernel_size=1, max_dist=10, scale=25, min_size=16),
-    Defaults(side=64, num_segments=64, kernel_size=4, max_dist=200, scale=25, min_size=16),  # lime's quickshift
-    Defaults(side=96, num_segments=64, kernel_size=4, max_dist=200, scale=50, min_size=32),
-    Defaults(side=128, num_segments=100, kernel_size=4, max_dist=200, scale=100, min_size=50),
-    Defaults(side=192, num_segments=100, kernel_size=4, max_dist=200, scale=100, min_size=100),
+    Defaults(side=64, num_segments=64, kernel_size=2, max_dist=20, scale=25, min_size=16),
+    Defaults(side=96, num_segments=64, kernel_size=2, max_dist=20, scale=50, min_size=32),
+    Defaults(side=128, num_segments=100, kernel_size=2, max_dist=20, scale=100, min_size=50),
+    Defaults(side=192, num_segments=100, kernel_size=4, max_dist=200, scale=100, min_size=100),  # lime's quickshift
     Defaults(side=384, num_segments=100, kernel_size=4, max_dist=200, scale=300, min_size=400),
 )
 

@@ -21,3 +21,9 @@ def pick_device(name: str, slot: int = 0) -> torch.device:
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", slot % count)
     return device
+
+
+def full_float32() -> None:
+    """No TensorFloat-32 in this process: torch's default for convolutions on NVIDIA GPUs keeps 10 bits of mantissa."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False

@@ -17,8 +17,12 @@ SHAPES = [
 ]  # kernel, stride, padding, dilation, size of the image
 
 
+def layers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+
+
 def test_taps_that_meet_only_padding_change_nothing() -> None:
-    """Small convolutions of every kind: the same answers, many from fewer weights."""
+    """Small convolutions of every kind: the same answers, many of them cut or unrolled."""
     torch.manual_seed(0)
     fewer = 0
     for kernel, stride, padding, dilation, size in SHAPES:
@@ -29,16 +33,30 @@ def test_taps_that_meet_only_padding_change_nothing() -> None:
         with torch.inference_mode():
             assert torch.allclose(quick(images), model(images), atol=1e-6)
         assert isinstance(quick.net, GraphModule), "the rewritten net was given up"
-        fewer += next(quick.parameters()).numel() < layer.weight.numel()
+        fewer += any(isinstance(each, nn.Linear) or each.kernel_size != layer.kernel_size for each in layers(quick))
     assert fewer >= 10
 
 
-def test_the_dead_taps_of_a_resnet_on_small_images_are_cut() -> None:
-    """3x3 kernels over a 1x1 map: only the middle tap sees anything."""
+def test_convolutions_of_a_single_pixel_become_matrices() -> None:
+    """3x3 kernels over a 1x1 map: only the middle tap sees anything, and that is a matrix."""
     net = nn.Sequential(nn.Conv2d(3, 4, 3, 4, 1), nn.Conv2d(4, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1), nn.Flatten())
     quick = for_inference(Normalized(net).eval(), torch.rand(2, 3, 4, 4))
-    kernels = [layer.kernel_size for layer in quick.modules() if isinstance(layer, nn.Conv2d)]
-    assert kernels == [(2, 2), (1, 1), (1, 1)]
+    convolutions = [layer.kernel_size for layer in quick.modules() if isinstance(layer, nn.Conv2d)]
+    matrices = [tuple(layer.weight.shape) for layer in quick.modules() if isinstance(layer, nn.Linear)]
+    assert convolutions == [(2, 2)]
+    assert matrices == [(8, 4), (8, 8)]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_map_smaller_than_the_kernel_is_unrolled(bias: bool) -> None:
+    """3x3 kernels over a 2x2 map: 16 products for 36."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 6, 3, 1, 1, bias=bias), nn.ReLU(), nn.Conv2d(6, 5, 3, 1, 1, bias=bias))
+    model, images = Normalized(nn.Sequential(net, nn.Flatten())).eval(), torch.rand(4, 3, 2, 2)
+    quick = for_inference(model, images[:2])
+    assert not [layer for layer in quick.modules() if isinstance(layer, nn.Conv2d)]
+    with torch.inference_mode():
+        assert torch.allclose(quick(fastest_layout(images)), model(images), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "googlenet", "densenet121"])
