@@ -21,8 +21,8 @@ class Fitted:
 def fit_all(
     perturber: Perturber, drawn: list[Drawn], original: Tensor, labels: Tensor, config: LimeConfig
 ) -> list[Fitted]:
-    """Evaluate every drawn row, row 0 from `original` [B, L], and fit every image's surrogate."""
-    rows = [torch.as_tensor(each.rows, device=original.device) for each in drawn]
+    """Evaluate every drawn row, row 0 from `original` [B, L], and fit every image's surrogate, on the host."""
+    rows = [torch.from_numpy(each.rows) for each in drawn]
     answers = perturber.evaluate([(i, each[1:]) for i, each in enumerate(rows)], labels, config.deduplicate)
     full = [torch.cat([original[i : i + 1], answer]) for i, answer in enumerate(answers)]
     return [_fit(*each, config) for each in zip(drawn, rows, full, strict=True)]
@@ -36,7 +36,7 @@ def fit_adaptively(
     config.tolerance is added to that: what a saturated model hardly reacts to needs no digits. Looks first at
     config.min_samples rows (one more where that leaves a pair whole), then at ever more, by half, up to all drawn.
     """
-    rows = [torch.as_tensor(each.rows, device=original.device) for each in drawn]
+    rows = [torch.from_numpy(each.rows) for each in drawn]
     answers = [original[i : i + 1] for i in range(len(drawn))]
     fitted: dict[int, Fitted] = {}
     active = list(range(len(drawn)))

@@ -87,7 +87,7 @@ def explain_batch(
     labels = _targets(original, targets)
     explained = original.gather(1, labels)
     fit_rows = fit_adaptively if samples is None and config.num_samples == "auto" else fit_all
-    fitted = fit_rows(perturber, drawn, explained, labels, config)
+    fitted = fit_rows(perturber, drawn, explained.cpu(), labels, config)
     return Attribution(
         image_ids=np.asarray(ids, np.int64),
         targets=labels.cpu().numpy().astype(np.int32),

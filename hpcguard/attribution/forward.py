@@ -1,6 +1,6 @@
 """Perturbed images through the model: rows of many images in shared batches, one buffer in flight."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,8 @@ from torch import Tensor
 Predict = Callable[[Tensor], Tensor]
 Job = tuple[int, Tensor]
 """(index of an image, bool [n, d] rows of it to evaluate)."""
+Span = tuple[int, int, int]
+"""(index of a job, first row, last row + 1)."""
 
 
 @dataclass(frozen=True)
@@ -29,37 +31,49 @@ class Perturber:
         """Probabilities of the unperturbed images, [B, K]."""
         batches = [slice(start, start + self.batch_size) for start in range(0, len(self.images), self.batch_size)]
         # Clones, for a model may work in place and the images are the caller's.
-        return torch.cat([self._checked(self.images[batch].clone(), self.ids[batch]) for batch in batches])
+        probability = torch.cat([self._answer(self.images[batch].clone()) for batch in batches])
+        self._check_finite(self.ids[~_finite(probability).cpu().numpy()])
+        return probability
 
     @torch.inference_mode()
     def evaluate(self, jobs: list[Job], labels: Tensor, deduplicate: bool) -> list[Tensor]:
         """Probabilities of each image's explained labels [B, L] for each job's rows, one float64 [n, L] a job.
 
-        deduplicate: equal rows of an image are evaluated once.
+        Rows and answers lie on the host. deduplicate: equal rows of an image are evaluated once.
         """
         distinct = [_distinct(rows) if deduplicate else (rows, None) for _, rows in jobs]
-        answers = [labels.new_empty(len(rows), labels.shape[1], dtype=torch.float64) for rows, _ in distinct]
-        count = sum(len(rows) for rows, _ in distinct)
+        todo = [(image, rows) for (image, _), (rows, _) in zip(jobs, distinct, strict=True)]
+        answers = [labels.new_empty(len(rows), labels.shape[1], dtype=torch.float64) for _, rows in todo]
+        finite = [labels.new_empty(len(rows), dtype=torch.bool) for _, rows in todo]
+        for spans, batch in self._perturbed(todo):
+            probability = self._answer(batch, self.classes)
+            start = 0
+            for job, first, last in spans:
+                part = probability[start : start + last - first]
+                answers[job][first:last], finite[job][first:last] = part[:, labels[todo[job][0]]], _finite(part)
+                start += last - first
+        # Looked at once, so that no model batch waits until the host has seen the one before.
+        good = torch.stack([each.all() for each in finite]).tolist()
+        self._check_finite([self.ids[image] for (image, _), fine in zip(jobs, good, strict=True) if not fine])
+        pairs = zip(answers, distinct, strict=True)
+        return [answer.cpu() if back is None else answer.cpu()[back] for answer, (_, back) in pairs]
+
+    def _perturbed(self, jobs: list[Job]) -> Iterator[tuple[list[Span], Tensor]]:
+        """Model batches of perturbed copies, in one buffer that each batch overwrites, and whose rows they are."""
         layout = torch.channels_last if _is_channels_last(self.images) else torch.contiguous_format
-        shape = (min(self.batch_size, count), *self.images.shape[1:])
+        lengths = [len(rows) for _, rows in jobs]
+        shape = (min(self.batch_size, sum(lengths)), *self.images.shape[1:])
         buffer = torch.empty(shape, device=self.images.device, memory_format=layout)
         bits = _in_memory_order(buffer, layout)
         perturbing, choice = -1, None
-        for spans in _model_batches([len(rows) for rows, _ in distinct], self.batch_size):
+        for spans in _model_batches(lengths, self.batch_size):
             filled = 0
             for job, first, last in spans:
                 if choice is None or job != perturbing:
                     perturbing, choice = job, self._choice(jobs[job][0], layout)
-                choice.perturb(distinct[job][0][first:last], bits[filled : filled + last - first])
+                choice.perturb(jobs[job][1][first:last].to(bits.device), bits[filled : filled + last - first])
                 filled += last - first
-            owners = np.concatenate([np.full(last - first, self.ids[jobs[job][0]]) for job, first, last in spans])
-            probability = self._checked(buffer[:filled], owners, self.classes)
-            start = 0
-            for job, first, last in spans:
-                answers[job][first:last] = probability[start : start + last - first, labels[jobs[job][0]]]
-                start += last - first
-        pairs = zip(answers, distinct, strict=True)
-        return [answer if back is None else answer[back] for answer, (_, back) in pairs]
+            yield spans, buffer[:filled]
 
     def _choice(self, image: int, layout: torch.memory_format) -> "_Choice":
         one = slice(image, image + 1)
@@ -67,8 +81,8 @@ class Perturber:
         segment = self.maps[one, None].expand_as(self.images[one])
         return _Choice(hidden, shown ^ hidden, _in_memory_order(segment, layout))
 
-    def _checked(self, batch: Tensor, owners: np.ndarray, classes: int | None = None) -> Tensor:
-        """The model's answer, if it is [rows, K] and finite; `owners` are the image ids of the rows."""
+    def _answer(self, batch: Tensor, classes: int | None = None) -> Tensor:
+        """What the model says, if it is [rows, K], with as many classes as before."""
         probability = self.predict(batch)
         if not isinstance(probability, Tensor):
             raise ValueError(f"predict: expected a tensor [{len(batch)}, K], got a {type(probability).__name__}")
@@ -77,11 +91,16 @@ class Perturber:
             raise ValueError(f"predict: expected probabilities [{len(batch)}, K], got {shape}")
         if classes not in (None, shape[1]):
             raise ValueError(f"predict: {classes} classes for the images themselves, {shape[1]} for perturbed ones")
-        finite = torch.isfinite(probability).all(1)
-        if not finite.all():
-            bad = np.unique(owners[~finite.cpu().numpy()])
-            raise ValueError(f"predict: NaN or infinite probabilities for image ids {bad[:5].tolist()}")
         return probability
+
+    def _check_finite(self, bad: Sequence[int]) -> None:
+        """`bad`: ids of the images for which the model gave other than finite probabilities."""
+        if len(bad):
+            raise ValueError(f"predict: NaN or infinite probabilities for image ids {[int(each) for each in bad[:5]]}")
+
+
+def _finite(probability: Tensor) -> Tensor:
+    return torch.isfinite(probability).all(1)
 
 
 @dataclass(frozen=True)
@@ -101,7 +120,7 @@ class _Choice:
 
 def _distinct(rows: Tensor) -> tuple[Tensor, Tensor | None]:
     """(distinct rows in the order of their first appearance, which of them each row is), None if all are distinct."""
-    packed = np.packbits(rows.cpu().numpy(), axis=1)
+    packed = np.packbits(rows.numpy(), axis=1)
     keys = packed.view(np.dtype((np.void, packed.shape[1])))[:, 0]
     _, first, back = np.unique(keys, return_index=True, return_inverse=True)
     if len(first) == len(rows):
@@ -109,13 +128,12 @@ def _distinct(rows: Tensor) -> tuple[Tensor, Tensor | None]:
     order = np.argsort(first)
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
-    device = rows.device
-    return rows[torch.from_numpy(first[order]).to(device)], torch.from_numpy(rank[back]).to(device)
+    return rows[torch.from_numpy(first[order])], torch.from_numpy(rank[back])
 
 
-def _model_batches(lengths: list[int], batch_size: int) -> Iterator[list[tuple[int, int, int]]]:
-    """All rows of all jobs, packed into model batches of (job, first row, last row + 1)."""
-    spans: list[tuple[int, int, int]] = []
+def _model_batches(lengths: list[int], batch_size: int) -> Iterator[list[Span]]:
+    """All rows of all jobs, packed into model batches."""
+    spans: list[Span] = []
     room = batch_size
     for job, length in enumerate(lengths):
         first = 0

@@ -231,3 +231,15 @@ def test_wrong_shapes_are_refused(net: nn.Module) -> None:
         explain_batch(net, images, IDS[:2], config, segments=segments, samples=np.zeros((2, 8, 4)))
     with pytest.raises(ValueError, match="expected the shape"):
         explain_batch(net, images, IDS[:2], config, segments=np.zeros((2, 8, 8)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("num_samples", [200, "auto"])
+def test_a_gpu_gives_the_same(net: nn.Module, num_samples: int | str) -> None:
+    config = LimeConfig(num_samples=num_samples)
+    here = explain_batch(lambda x: net(x).softmax(1), smooth_images(3), IDS, config)
+    other = small_net().cuda()
+    images = torch.from_numpy(smooth_images(3)).cuda()
+    there = explain_batch(lambda x: other(x).softmax(1), images, IDS, config, here.targets, here.segments)
+    assert np.array_equal(there.num_samples, here.num_samples)
+    assert there.coefficients == pytest.approx(here.coefficients, abs=1e-5, nan_ok=True)
