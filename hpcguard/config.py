@@ -109,8 +109,8 @@ class LimeConfig(Section):
     """auto stops when every 95% interval reaches no further than this share of the label's largest coefficient, ..."""
     tolerance: float = Field(0.01, ge=0)
     """... plus this much probability: where a model hardly reacts, relative precision would cost without end."""
-    min_samples: int = Field(256, ge=16)
-    """auto looks first after so many; the intervals are honest from about 256 on (docs/lime.md)."""
+    min_samples: int = Field(128, ge=16)
+    """auto looks first after so many."""
     max_samples: int = Field(2048, ge=16, le=10_000_000)
     """auto stops after so many at the latest."""
     design: Literal["lime", "iid", "antithetic", "hadamard", "sobol"] = "hadamard"
@@ -121,7 +121,8 @@ class LimeConfig(Section):
     kernel_width: float = Field(0.25, ge=0.01, le=100)
     """Width of lime's exponential kernel on the cosine distance."""
     ridge: float = Field(1.0, ge=1e-9)
-    """L2 penalty of the surrogate (lime: 1)."""
+    """L2 penalty of the surrogate (lime: 1) at the number of samples asked for; auto, which asks for max_samples, and
+    images of which all rows are known, scale it with the rows that they have."""
     fill: Literal["mean"] | float = "mean"
     """What a hidden segment shows: its own mean colour, or a constant in [0, 1]."""
     batch_size: int = Field(256, gt=0, le=1_000_000)

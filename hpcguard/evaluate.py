@@ -198,13 +198,10 @@ def _explain(
     labels = torch.from_numpy(test.labels_of(ids)).to(device)
     with torch.inference_mode():
         targets = true_and_runner_up(model(pixels), labels).cpu().numpy()
-    first, second = (
-        explain_batch(
-            lambda batch: model(batch).softmax(1), pixels, ids,
-            config.attribution.model_copy(update={"seed": config.attribution.seed + offset}), targets,
-        )
-        for offset in (0, 1)
-    )  # fmt: skip
+    explain = partial(explain_batch, lambda batch: model(batch).softmax(1), pixels, ids, targets=targets)
+    first = explain(config.attribution)
+    other_seed = config.attribution.model_copy(update={"seed": config.attribution.seed + 1})
+    second = explain(other_seed, segments=first.segments)
     with publish(folder.explanations(arm)) as temporary:
         write_rows(temporary, rows_from(first, test.labels_of(ids)), digest_json(config.attribution.identity()))
     pairs = zip(first.coefficients[:, 0], second.coefficients[:, 0], strict=True)

@@ -1,7 +1,10 @@
 """Code of the user's own that a configuration names as package.module:callable."""
 
+import hashlib
 import importlib
+import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from hpcguard.errors import InputError
@@ -21,3 +24,13 @@ def import_callable(name: str, key: str) -> Callable[..., Any]:
     if not callable(found):
         raise InputError(f"{key} = {name}: {attribute} is a {type(found).__name__}, not callable")
     return found
+
+
+def source_digest(name: str, key: str) -> str | None:
+    """SHA-256 of the file in which the callable is written, not of what it imports; None where there is no file."""
+    found = inspect.unwrap(import_callable(name, key))
+    try:
+        file = inspect.getsourcefile(found)
+    except TypeError:  # an instance, or compiled code
+        file = inspect.getsourcefile(type(found)) if not inspect.isbuiltin(found) else None
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None

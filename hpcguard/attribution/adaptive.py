@@ -3,11 +3,12 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hpcguard.attribution.forward import Perturber
-from hpcguard.attribution.sampling import Drawn, coincide
+from hpcguard.attribution.sampling import Drawn, coincide, distinct_rows
 from hpcguard.attribution.surrogate import Surrogate, fit_surrogate, lime_weights
 from hpcguard.config import LimeConfig
 
@@ -22,10 +23,10 @@ def fit_all(
     perturber: Perturber, drawn: list[Drawn], original: Tensor, labels: Tensor, config: LimeConfig
 ) -> list[Fitted]:
     """Evaluate every drawn row, row 0 from `original` [B, L], and fit every image's surrogate, on the host."""
-    rows = [torch.from_numpy(each.rows) for each in drawn]
-    answers = perturber.evaluate([(i, each[1:]) for i, each in enumerate(rows)], labels, config.deduplicate)
-    full = [torch.cat([original[i : i + 1], answer]) for i, answer in enumerate(answers)]
-    return [_fit(*each, config) for each in zip(drawn, rows, full, strict=True)]
+    answers = _Answers(perturber, drawn, original, labels, config.deduplicate)
+    jobs = [(i, len(each.rows)) for i, each in enumerate(drawn)]
+    answers.extend(jobs)
+    return [_fit(drawn[i], count, answers.of(i, count), config) for i, count in jobs]
 
 
 def fit_adaptively(
@@ -36,28 +37,57 @@ def fit_adaptively(
     config.tolerance is added to that: what a saturated model hardly reacts to needs no digits. Looks first at
     config.min_samples rows (one more where that leaves a pair whole), then at ever more, by half, up to all drawn.
     """
-    rows = [torch.from_numpy(each.rows) for each in drawn]
-    answers = [original[i : i + 1] for i in range(len(drawn))]
+    answers = _Answers(perturber, drawn, original, labels, config.deduplicate)
     fitted: dict[int, Fitted] = {}
     active = list(range(len(drawn)))
     goal = config.min_samples
     while active:
         goal = _whole_pairs(goal, config.design)
-        jobs = [(i, rows[i][len(answers[i]) : goal]) for i in active]
-        for (i, _), answer in zip(jobs, perturber.evaluate(jobs, labels, config.deduplicate), strict=True):
-            answers[i] = torch.cat([answers[i], answer])
-            fitted[i] = _fit(drawn[i], rows[i][: len(answers[i])], answers[i], config)
-        active = [i for i in active if len(answers[i]) < len(rows[i]) and not _enough(drawn[i], fitted[i], config)]
+        jobs = [(i, min(goal, len(drawn[i].rows))) for i in active]
+        answers.extend(jobs)
+        for i, count in jobs:
+            # The penalty weighs as much as it would at the most rows, so that few rows are not shrunk for being few.
+            fitted[i] = _fit(drawn[i], count, answers.of(i, count), config, count / config.max_samples)
+        active = [i for i, count in jobs if count < len(drawn[i].rows) and not _enough(drawn[i], fitted[i], config)]
         goal = 2 * goal if config.design == "sobol" else math.ceil(1.5 * goal)
     return [fitted[i] for i in range(len(drawn))]
 
 
-def _fit(drawn: Drawn, rows: Tensor, probability: Tensor, config: LimeConfig) -> Fitted:
-    # The penalty weighs as much as at the number of rows asked for, whether fewer were enough or all 2^d are known.
-    whole = drawn.complete and len(rows) == len(drawn.rows)
-    share = len(rows) / config.most_samples if config.num_samples == "auto" or whole else 1.0
+class _Answers:
+    """What the model said to the first rows of each image; equal rows are evaluated once, if it is to be so."""
+
+    def __init__(
+        self, perturber: Perturber, drawn: list[Drawn], original: Tensor, labels: Tensor, deduplicate: bool
+    ) -> None:
+        self.perturber, self.original, self.labels = perturber, original, labels
+        rows = [each.rows[1:] for each in drawn]
+        # (rows in the order of their first appearance, which of them each row is)
+        self.distinct = [distinct_rows(each) if deduplicate else (each, np.arange(len(each))) for each in rows]
+        self.known = [original.new_empty(0, original.shape[1], dtype=torch.float64) for _ in drawn]
+
+    def extend(self, jobs: list[tuple[int, int]]) -> None:
+        """Evaluate what is missing for the first `count` rows of each image, for (image, count)."""
+        todo = []
+        for i, count in jobs:
+            rows, which = self.distinct[i]
+            needed = which[: count - 1].max(initial=-1) + 1
+            todo.append((i, torch.from_numpy(rows[len(self.known[i]) : needed])))
+        for (i, _), answer in zip(todo, self.perturber.evaluate(todo, self.labels), strict=True):
+            self.known[i] = torch.cat([self.known[i], answer])
+
+    def of(self, image: int, count: int) -> Tensor:
+        """Probabilities of the image itself and of its next rows, float64 [count, L]."""
+        which = torch.from_numpy(self.distinct[image][1][: count - 1])
+        return torch.cat([self.original[image : image + 1].double(), self.known[image][which]])
+
+
+def _fit(drawn: Drawn, count: int, probability: Tensor, config: LimeConfig, share: float = 1.0) -> Fitted:
+    rows = torch.from_numpy(drawn.rows[:count])
+    whole = drawn.complete and count == len(drawn.rows)
+    if whole:  # all 2^d rows stand for the number asked for
+        share = count / config.most_samples
     weights = lime_weights(rows, config.kernel_width)
-    return Fitted(fit_surrogate(rows, probability, weights, config.ridge * share, drawn.paired, whole), len(rows))
+    return Fitted(fit_surrogate(rows, probability, weights, config.ridge * share, drawn.paired, whole), count)
 
 
 def _enough(drawn: Drawn, fitted: Fitted, config: LimeConfig) -> bool:

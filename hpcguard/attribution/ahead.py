@@ -11,7 +11,7 @@ import traceback
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -68,7 +68,7 @@ def segmented_ahead(
             block, futures = waiting[0]
             try:
                 maps = _collect(futures)
-            except ProcessDied:
+            except (ProcessDied, CancelledError):
                 _drop_pool(processes)
                 warnings.warn(
                     "a segmentation process died; the one that it worked for goes on without such help", stacklevel=2
@@ -118,7 +118,9 @@ def _start_pool(processes: int) -> _Pool:
 
 def _drop_pool(processes: int) -> None:
     """The living processes end when the last thread lets go of the pipes."""
-    _pools.pop(processes).threads.shutdown(wait=False, cancel_futures=True)
+    pool = _pools.pop(processes, None)
+    if pool:  # else another generator has done it
+        pool.threads.shutdown(wait=False, cancel_futures=True)
 
 
 def _ask(free: SimpleQueue[Connection], task: Task) -> Answer:
@@ -148,6 +150,8 @@ def _serve(pipe: Connection, parent: int) -> None:
             return
         try:
             pipe.send(_answer(*task))
+        except SystemExit as error:  # a user's callable may call sys.exit
+            pipe.send(RuntimeError(f"{task[1].segmentation} called sys.exit({error.code!r})"))
         except Exception as error:
             error.add_note(traceback.format_exc())  # for a log: a traceback does not travel
             pipe.send(error)

@@ -69,10 +69,12 @@ def explain_batch(
 ) -> Attribution:
     """Explain B images of float32 [B, C, H, W] in [0, 1] on the device where `images` lies.
 
-    predict: float32 [n, C, H, W] to probabilities [n, K]; called with at most config.batch_size images.
+    predict: float32 [n, C, H, W] to probabilities [n, K]; called with at most config.batch_size images, in memory that
+    is used again after the call.
     targets: labels to explain, int [B, L]; None: the most probable one and the runner-up.
     segments: your own superpixels, int [B, H, W]; samples: your own 0/1 rows [B, N, S], row 0 all ones.
-    Raises ValueError for wrong shapes and for probabilities that are not finite, naming the image id.
+    Raises ValueError for wrong shapes and for probabilities that are not finite, naming the image id; InputError or
+    RuntimeError where the segmentation fails.
     """
     batch = _float_images(images, ids)
     host = batch.cpu().numpy()
@@ -121,7 +123,10 @@ def _float_images(images: np.ndarray | Tensor, ids: np.ndarray) -> Tensor:
         raise ValueError(f"expected images [B, C, H, W] and B ids, got {tuple(batch.shape)} and {len(ids)} ids")
     if np.min(ids) < 0:
         raise ValueError(f"ids: expected numbers from 0 on, got {np.min(ids)}")
-    return batch.float()
+    if batch.min() < 0 or batch.max() > 1:
+        seen = f"{batch.min():g} to {batch.max():g}"
+        warnings.warn(f"images: expected floats in [0, 1], got {seen}; do not normalise them yourself", stacklevel=3)
+    return batch.detach().float()
 
 
 def _own_segments(segments: np.ndarray, images: np.ndarray) -> np.ndarray:
@@ -173,11 +178,12 @@ def hidden_fill(batch: Tensor, maps: Tensor, count: int, fill: str | float) -> T
     if fill != "mean":
         return torch.full_like(batch, float(fill))
     size, channels = batch.shape[:2]
-    flat = maps.reshape(size, 1, -1).expand(-1, channels, -1)
-    pixels = batch.reshape(size, channels, -1).double()
+    # On the host, for a GPU adds in an order of its own, and the same unit is to have the same bytes.
+    flat = maps.cpu().reshape(size, 1, -1).expand(-1, channels, -1)
+    pixels = batch.cpu().reshape(size, channels, -1).double()
     sums = pixels.new_zeros(size, channels, count).scatter_add_(2, flat, pixels)
     sizes = pixels.new_zeros(size, channels, count).scatter_add_(2, flat, torch.ones_like(pixels))
-    return (sums / sizes.clamp_min(1)).gather(2, flat).reshape(batch.shape).float()
+    return (sums / sizes.clamp_min(1)).gather(2, flat).reshape(batch.shape).float().to(batch.device)
 
 
 def _targets(original: Tensor, targets: np.ndarray | None) -> Tensor:

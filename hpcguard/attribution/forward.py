@@ -36,27 +36,24 @@ class Perturber:
         return probability
 
     @torch.inference_mode()
-    def evaluate(self, jobs: list[Job], labels: Tensor, deduplicate: bool) -> list[Tensor]:
+    def evaluate(self, jobs: list[Job], labels: Tensor) -> list[Tensor]:
         """Probabilities of each image's explained labels [B, L] for each job's rows, one float64 [n, L] a job.
 
-        Rows and answers lie on the host. deduplicate: equal rows of an image are evaluated once.
+        Rows and answers lie on the host.
         """
-        distinct = [_distinct(rows) if deduplicate else (rows, None) for _, rows in jobs]
-        todo = [(image, rows) for (image, _), (rows, _) in zip(jobs, distinct, strict=True)]
-        answers = [labels.new_empty(len(rows), labels.shape[1], dtype=torch.float64) for _, rows in todo]
-        finite = [labels.new_empty(len(rows), dtype=torch.bool) for _, rows in todo]
-        for spans, batch in self._perturbed(todo):
+        answers = [labels.new_empty(len(rows), labels.shape[1], dtype=torch.float64) for _, rows in jobs]
+        finite = [labels.new_empty(len(rows), dtype=torch.bool) for _, rows in jobs]
+        for spans, batch in self._perturbed(jobs):
             probability = self._answer(batch, self.classes)
             start = 0
             for job, first, last in spans:
                 part = probability[start : start + last - first]
-                answers[job][first:last], finite[job][first:last] = part[:, labels[todo[job][0]]], _finite(part)
+                answers[job][first:last], finite[job][first:last] = part[:, labels[jobs[job][0]]], _finite(part)
                 start += last - first
         # Looked at once, so that no model batch waits until the host has seen the one before.
         good = torch.stack([each.all() for each in finite]).tolist()
         self._check_finite([self.ids[image] for (image, _), fine in zip(jobs, good, strict=True) if not fine])
-        pairs = zip(answers, distinct, strict=True)
-        return [answer.cpu() if back is None else answer.cpu()[back] for answer, (_, back) in pairs]
+        return [answer.cpu() for answer in answers]
 
     def _perturbed(self, jobs: list[Job]) -> Iterator[tuple[list[Span], Tensor]]:
         """Model batches of perturbed copies, in one buffer that each batch overwrites, and whose rows they are."""
@@ -116,19 +113,6 @@ class _Choice:
         shown = rows.to(torch.int32).neg_()  # all bits of -1 are set
         torch.gather(shown, 1, self.segment.expand(len(rows), -1), out=out)
         out.bitwise_and_(self.differing).bitwise_xor_(self.hidden)
-
-
-def _distinct(rows: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(distinct rows in the order of their first appearance, which of them each row is), None if all are distinct."""
-    packed = np.packbits(rows.numpy(), axis=1)
-    keys = packed.view(np.dtype((np.void, packed.shape[1])))[:, 0]
-    _, first, back = np.unique(keys, return_index=True, return_inverse=True)
-    if len(first) == len(rows):
-        return rows, None
-    order = np.argsort(first)
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    return rows[torch.from_numpy(first[order])], torch.from_numpy(rank[back])
 
 
 def _model_batches(lengths: list[int], batch_size: int) -> Iterator[list[Span]]:

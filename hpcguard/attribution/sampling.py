@@ -1,7 +1,7 @@
 """Sampling designs: which segments each perturbed copy shows.
 
 Every design keeps single rows uniform over {0, 1}^d, so that its limit for many samples is lime's. Longer draws start
-with shorter ones, except Sobol's, which does so at powers of two.
+with shorter ones.
 """
 
 import math
@@ -35,15 +35,15 @@ def draw_samples(design: Design, seed: int, image_id: int, num_samples: int, num
     if num_segments < 63 and 2**num_segments <= num_samples:
         return Drawn(_all_rows(keyed_generator("samples", seed, image_id), num_segments), paired=True, complete=True)
     generator = keyed_generator("samples", seed, image_id)
-    rest = num_samples - 1
+    rest, design_asked = num_samples - 1, design
     rows = _DRAW[design](generator, rest, num_segments)
-    if design in ("hadamard", "sobol") and coincide(rows):
-        warnings.warn(
-            f"{design}: two columns of image {image_id} coincide at {num_samples} samples of {num_segments} segments; "
-            f"antithetic rows are used for it. Raise attribution.num_samples to {4 * num_segments} or more",
-            stacklevel=2,
-        )
-        design, rows = "antithetic", _antithetic(generator, rest, num_segments)
+    if coincide(rows):
+        told_apart = f"two columns of image {image_id} coincide at {num_samples} samples of {num_segments} segments"
+        remedy = f"Raise attribution.num_samples (auto: max_samples) to {4 * num_segments} or more"
+        use = "their segments cannot be told apart"
+        if design in ("hadamard", "sobol"):
+            design, rows, use = "antithetic", _antithetic(generator, rest, num_segments), "antithetic rows are used"
+        warnings.warn(f"{design_asked}: {told_apart}; {use}. {remedy}", stacklevel=2)
     whole = np.concatenate([np.ones((1, num_segments), bool), rows])
     return Drawn(whole, paired=design in ("antithetic", "hadamard"))
 
@@ -80,13 +80,13 @@ def _hadamard(generator: np.random.Generator, count: int, num_segments: int) -> 
     Within a whole block the columns are orthogonal to each other and, folded over, to all their pairwise products.
     """
     order = 2 ** math.ceil(math.log2(num_segments + 1))
-    index = np.arange(order)
     parity = np.array([number.bit_count() & 1 for number in range(order)], bool)
     blocks = []
     for _ in range(-(-count // (2 * order))):
         columns = generator.permutation(order - 1)[:num_segments] + 1  # column 0 is constant
-        block = parity[index[:, None] & columns] ^ generator.integers(0, 2, num_segments, dtype=np.uint8).astype(bool)
-        blocks.append(_fold(block[generator.permutation(order)]))
+        signs = generator.integers(0, 2, num_segments, dtype=np.uint8).astype(bool)
+        index = generator.permutation(order)[: -(-count // 2)]  # no more rows of a large block than are asked for
+        blocks.append(_fold(parity[index[:, None] & columns] ^ signs))
     return np.concatenate(blocks)[:count]
 
 
@@ -107,6 +107,17 @@ _DRAW = {"iid": _iid, "antithetic": _antithetic, "hadamard": _hadamard, "sobol":
 def _fold(rows: np.ndarray) -> np.ndarray:
     """Each row followed by its complement."""
     return np.stack([rows, ~rows], 1).reshape(2 * len(rows), rows.shape[1])
+
+
+def distinct_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(distinct rows of bool [n, d] in the order of their first appearance, which of them each row is)."""
+    packed = np.ascontiguousarray(np.packbits(rows, axis=1))
+    keys = packed.view(np.dtype((np.void, packed.shape[1])))[:, 0]
+    _, first, back = np.unique(keys, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return rows[first[order]], rank[back]
 
 
 def coincide(rows: np.ndarray) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 from hpcguard.config import Config
 from hpcguard.data import ImageSet
 from hpcguard.errors import InputError
+from hpcguard.plugins import source_digest
 from hpcguard.runs import differences, digest_arrays, digest_json, publish_json_once, read_json
 
 PLAN_SCHEMA = 1
@@ -50,6 +51,14 @@ def attribution_identity(config: Config, images: ImageSet, weights_sha256: str) 
         "model": {**config.model.identity(), "weights_sha256": weights_sha256},
         "attribution": config.attribution.identity(),
         "ids": digest_arrays(images.ids),
+        "code": {
+            key: source_digest(name, key)
+            for key, name in (
+                ("model.name", config.model.name),
+                ("attribution.segmentation", config.attribution.segmentation),
+            )
+            if ":" in name
+        },
     }
 
 

@@ -21,11 +21,18 @@ def for_inference(model: Normalized, example: Tensor) -> Normalized:
 
     Batch normalisation is folded into convolutions, these are cut to what they see of small maps, memory is laid out
     channels last or, on a CPU and where it pays, in oneDNN's blocks. Rewriting somebody's net can be wrong (a
-    convolution that is called twice): a rewritten net whose logits differ from the model's on `example` is not used.
+    convolution that is called twice): a rewritten net whose logits differ from the model's on `example`, noise, black
+    or white is not used. A model that cannot be copied is given back as it is.
     """
-    plain = copy.deepcopy(model).to(example.device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    try:
+        plain = copy.deepcopy(model)
+    except RuntimeError:  # such as a net with torch.nn.utils.weight_norm
+        return model.to(example.device).eval().requires_grad_(False)
+    plain = plain.to(example.device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    noise = torch.rand(example[:2].shape, generator=torch.Generator().manual_seed(0)).to(example)
+    example = torch.cat([example, noise, torch.zeros_like(example[:1]), torch.ones_like(example[:1])])
     with torch.inference_mode():
-        expected = plain(example)
+        expected = plain(example.clone())
     rewritings: list[Callable[[nn.Module, Tensor], nn.Module]] = [fitted_to_size]
     if example.device.type == "cpu":
         rewritings.insert(0, lambda net, images: Blocked(fitted_to_size(net, images)))
@@ -34,7 +41,7 @@ def for_inference(model: Normalized, example: Tensor) -> Normalized:
         try:
             quick.net = rewrite(quick.net, example)
             with torch.inference_mode(), redirect_stderr(io.StringIO()):  # torch.fx prints what it then raises
-                same = torch.allclose(quick(example), expected, rtol=TOLERANCE, atol=TOLERANCE)
+                same = torch.allclose(quick(example.clone()), expected, rtol=TOLERANCE, atol=TOLERANCE)
         except Exception:  # tracing and rewriting somebody's net can fail in any way; the net itself still works
             continue
         if same:

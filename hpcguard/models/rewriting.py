@@ -17,14 +17,14 @@ def fitted_to_size(net: nn.Module, example: Tensor) -> GraphModule:
     """The net for images like `example` [n, C, H, W]: batch normalisation folded, convolutions cut to what they see.
 
     torchvision's ResNets shrink 32 pixels to 2x2 and 1x1 maps, where most of a 3x3 kernel meets padding. Raises
-    whatever torch.fx raises for a net that it cannot trace.
+    ValueError for nets that cannot safely be rewritten, and whatever torch.fx raises for those it cannot trace.
     """
+    _check_plain(net)
     graph = symbolic_trace(fuse(net))
     with torch.inference_mode():
-        ShapeProp(graph).propagate(example)
-    called = [node.target for node in graph.graph.nodes if node.op == "call_module"]
+        ShapeProp(graph).propagate(example.clone())  # a net may work in place
     for node in graph.graph.nodes:
-        if node.op != "call_module" or called.count(node.target) > 1:
+        if node.op != "call_module":
             continue
         layer = graph.get_submodule(node.target)
         if type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
@@ -35,18 +35,38 @@ def fitted_to_size(net: nn.Module, example: Tensor) -> GraphModule:
     return graph
 
 
+def _check_plain(net: nn.Module) -> None:
+    """Refuse what folding would change without showing it on every image: shared layers, hooks."""
+    nodes = symbolic_trace(net).graph.nodes
+    called = [node.target for node in nodes if node.op == "call_module"]
+    shared = {
+        name
+        for name in called
+        if called.count(name) > 1 and next(net.get_submodule(name).parameters(), None) is not None
+    }
+    shared |= {node.target for node in nodes if node.op == "get_attr"}
+    if shared:
+        raise ValueError(f"used more than once, or outside their layer: {', '.join(sorted(shared))}")
+    if any(module._forward_hooks or module._forward_pre_hooks for module in net.modules()):
+        raise ValueError("modules with hooks")
+
+
 class Unrolled(nn.Module):
     """A convolution of a small map as one matrix, every output position seeing every pixel."""
 
     def __init__(self, layer: nn.Conv2d, size: torch.Size, out: torch.Size) -> None:
         super().__init__()
         self.out = (layer.out_channels, *out)
-        pixels = layer.in_channels * math.prod(size)
-        each_pixel = torch.eye(pixels, device=layer.weight.device).view(pixels, layer.in_channels, *size)
+        weight = layer.weight.detach()
+        # Each tap as it lies for each pixel: convolving single pixels copies weights, and exactly so on a CPU.
+        pixel = torch.eye(math.prod(size)).view(-1, 1, *size)
+        taps = weight.cpu().flatten(0, 1).unsqueeze(1)
         with torch.inference_mode():
-            seen = nn.functional.conv2d(each_pixel, layer.weight, None, layer.stride, layer.padding, layer.dilation)
-        self.matrix = nn.Linear(pixels, math.prod(self.out), bias=layer.bias is not None)
-        self.matrix.weight = nn.Parameter(seen.flatten(1).T.clone(), requires_grad=False)
+            seen = nn.functional.conv2d(pixel, taps, None, layer.stride, layer.padding, layer.dilation)
+        seen = seen.view(math.prod(size), layer.out_channels, layer.in_channels, math.prod(out))
+        matrix = seen.permute(1, 3, 2, 0).reshape(math.prod(self.out), -1).clone().to(weight.device)
+        self.matrix = nn.Linear(matrix.shape[1], len(matrix), bias=layer.bias is not None)
+        self.matrix.weight = nn.Parameter(matrix, requires_grad=False)
         if layer.bias is not None:
             self.matrix.bias = nn.Parameter(layer.bias.repeat_interleave(math.prod(out)), requires_grad=False)
 
@@ -83,8 +103,8 @@ def _cut_taps(layer: nn.Conv2d, size: torch.Size, out: torch.Size) -> None:
 class Blocked(nn.Module):
     """A net whose weights and activations lie in oneDNN's blocked layout, made once; float32 on a CPU.
 
-    Raises ValueError for nets with grouped or narrow convolutions, which are slower so. That rule is of the net alone,
-    not of a stopwatch, so that every worker computes the same bits.
+    Raises ValueError for nets with grouped or narrow convolutions, which are slower so, and for padding with anything
+    but zeros. The rule is of the net alone, not of a stopwatch, so that every worker computes the same bits.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -92,6 +112,8 @@ class Blocked(nn.Module):
         layers = [layer for layer in net.modules() if isinstance(layer, nn.Conv2d)]
         if not layers or any(layer.groups > 1 or layer.out_channels < WIDE for layer in layers):
             raise ValueError("grouped or narrow convolutions")
+        if any(layer.padding_mode != "zeros" for layer in layers):
+            raise ValueError("padding with other than zeros")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's own use of torch.jit
             from torch.utils.mkldnn import to_mkldnn

@@ -133,7 +133,7 @@ def interactions(x: Tensor) -> Tensor:
     return torch.stack([score, 200 * squares[:, 1] * squares[:, 2] * squares[:, 8], -score], 1).softmax(1)
 
 
-@pytest.mark.parametrize("design", ["iid", "antithetic"])
+@pytest.mark.parametrize("design", ["iid", "antithetic", "hadamard"])
 def test_intervals_cover_what_many_samples_give(design: str) -> None:
     """95% intervals against all 512 rows: their share that holds the truth, and their width against the real error."""
     image = np.random.default_rng(0).random((1, 1, 12, 12), np.float32)

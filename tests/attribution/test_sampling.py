@@ -37,7 +37,7 @@ def test_pairs_are_complements(design: Design, count: int) -> None:
     assert len(drawn.rows) == count
 
 
-@pytest.mark.parametrize("design", ["iid", "antithetic", "hadamard"])
+@pytest.mark.parametrize("design", ["iid", "antithetic", "hadamard", "sobol"])
 def test_longer_draws_start_with_shorter_ones(design: Design) -> None:
     short, long = (draw_samples(design, 0, 5, count, 20).rows for count in (129, 513))
     assert np.array_equal(short, long[:129])
@@ -161,3 +161,33 @@ def test_what_is_in_flight_does_not_grow_with_the_samples() -> None:
             explain_batch(counting(calls), image, np.array([0, 1]), config, None, segments)
         assert max(calls) == 50
         assert sum(calls) == 2 * samples
+
+
+def test_auto_never_asks_twice_for_the_same_row() -> None:
+    """Twelve segments, 2048 rows of 4096 possible ones: many come again from one look to the next."""
+    image = torch.rand(1, 3, 12, 12, generator=torch.Generator().manual_seed(0)).numpy()
+    segments = np.arange(144).reshape(1, 12, 12) // 12
+    calls: list[int] = []
+    config = LimeConfig(num_samples="auto", design="iid", precision=1e-9, tolerance=0.0, min_samples=64)
+    result = explain_batch(counting(calls), image, np.array([0]), config, None, segments)
+    rows = draw_samples("iid", 0, 0, 2048, int(result.num_segments[0])).rows
+    assert result.num_samples[0] == 2048
+    assert sum(calls) == 1 + len(np.unique(rows[1:], axis=0))
+
+
+@pytest.mark.parametrize("design", ["iid", "antithetic"])
+def test_columns_that_coincide_by_chance_are_warned_of(design: Design) -> None:
+    with pytest.warns(UserWarning, match="cannot be told apart"):
+        draw_samples(design, 0, 9, 5, 30)
+
+
+def test_ones_own_rows_have_the_penalty_asked_for() -> None:
+    """... whatever auto would have scaled it to."""
+    image = torch.rand(1, 3, 12, 12, generator=torch.Generator().manual_seed(0)).numpy()
+    segments = grid_segments(12, 12, 16)[None]
+    samples = draw_samples("iid", 3, 0, 100, 16).rows[None]
+    results = [
+        explain_batch(counting([]), image, np.array([0]), LimeConfig(num_samples=number), None, segments, samples)
+        for number in (256, "auto")
+    ]
+    assert np.array_equal(results[0].coefficients, results[1].coefficients)

@@ -237,3 +237,18 @@ def test_segments_and_labels_are_interchangeable(seed: int, paired: bool) -> Non
         assert getattr(second, name).numpy() == pytest.approx(expected, abs=1e-10)
     assert second.intercept.numpy() == pytest.approx(first.intercept.numpy()[labels] + 3.0, abs=1e-10)
     assert second.score.numpy() == pytest.approx(first.score.numpy()[labels], abs=1e-8)
+
+
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("count", [64, 65, 100])
+def test_stretches_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch, paired: bool, count: int) -> None:
+    """Many rows are summed a stretch at a time, so that no float64 copy of them all is made."""
+    generator = torch.Generator().manual_seed(count)
+    rows = torch.rand(count, 9, generator=generator) > 0.5
+    answers = torch.rand(count, 2, generator=generator)
+    weights = lime_weights(rows, 0.25)
+    whole = fit_surrogate(rows, answers, weights, 1.0, paired)
+    monkeypatch.setattr("hpcguard.attribution.surrogate.STRETCH", 16)
+    parts = fit_surrogate(rows, answers, weights, 1.0, paired)
+    for name in ("coefficients", "standard_error", "interval", "intercept", "score", "local_prediction"):
+        assert torch.allclose(getattr(parts, name), getattr(whole, name), rtol=1e-10, atol=1e-13), name

@@ -1,6 +1,7 @@
 """for_inference: rewritten nets against the nets themselves."""
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -73,8 +74,68 @@ def test_torchvisions_nets_answer_alike(name: str) -> None:
         expected = model(images)
         found = quick(fastest_layout(images))
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert not isinstance(quick.net, type(net)), "given up"
     left = [module for module in quick.modules() if isinstance(module, nn.BatchNorm2d)]
     assert not left or name == "densenet121"  # it normalises before it convolves
+
+
+class Gated(nn.Module):
+    """A convolution used twice, the second time only for bright images: folding shows on them alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 32, 3, 1, 1), nn.BatchNorm2d(32)
+        self.norm.running_mean.fill_(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bright = torch.relu(x.mean((1, 2, 3), keepdim=True) - 0.7)
+        return (self.norm(self.conv(x)) + bright * self.conv(x)).mean((2, 3))
+
+
+class Clamped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 32, 3, 1, 1)
+        self.conv.register_forward_hook(lambda module, inputs, output: output.clamp(max=0.9))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x).mean((2, 3))
+
+
+class InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 32, 3, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x.sub_(0.5)).mean((2, 3))
+
+
+def reflecting() -> nn.Module:
+    """Padding that shows nothing where borders are black."""
+    return nn.Sequential(nn.Conv2d(3, 32, 3, 1, 1, padding_mode="reflect"), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+@pytest.mark.parametrize("net", [Gated(), Clamped(), InPlace(), reflecting()], ids=lambda net: type(net).__name__)
+def test_what_rewriting_would_break_on_other_images(net: nn.Module) -> None:
+    """Right on the dark example with a black border, right on bright images that were never shown."""
+    dark = torch.zeros(2, 3, 8, 8)
+    dark[:, :, 2:6, 2:6] = 0.2
+    model, given = Normalized(net).eval(), dark.clone()
+    quick = for_inference(model, dark)
+    assert torch.equal(dark, given), "the example is the caller's"
+    bright = 0.6 + 0.4 * torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.allclose(quick(fastest_layout(bright)), model(bright), atol=1e-5)
+
+
+def test_a_net_that_cannot_be_copied_is_used_as_it_is() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        layer = nn.utils.weight_norm(nn.Conv2d(3, 4, 3))
+    model, images = Normalized(nn.Sequential(layer, nn.Flatten())).eval(), torch.rand(2, 3, 8, 8)
+    model(images)  # makes weights that deepcopy refuses
+    assert torch.equal(for_inference(model, images)(images), model(images))
 
 
 def test_another_size_is_refused() -> None:
