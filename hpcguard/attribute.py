@@ -187,7 +187,7 @@ def explain_unit(
     """Store rows of one unit: the true label and the strongest wrong one explained."""
     pixels = fastest_layout(torch.from_numpy(images).to(device))
     with torch.inference_mode():
-        targets = true_and_runner_up(predict(pixels), torch.from_numpy(labels).to(device))
+        targets = true_and_runner_up(predict(pixels.clone()), torch.from_numpy(labels).to(device))
     explained = explain_batch(predict, pixels, ids, config.attribution, targets.cpu().numpy(), segments)
     return rows_from(explained, labels)
 

@@ -113,7 +113,8 @@ def _moments(x_NS: Tensor, e_NL: Tensor, inverse_SS: Tensor) -> tuple[Tensor, Te
     """Sums over rows of the shifts of the coefficients without them, squared and to the 4th power, [S, L]."""
     solved = x_NS @ inverse_SS
     corrected = e_NL / (1 - (solved * x_NS).sum(1, keepdim=True)).clamp_min(_TINY)
-    return solved.square().mT @ corrected.square(), solved.pow(4).mT @ corrected.pow(4)
+    solved, corrected = solved.square(), corrected.square()
+    return solved.mT @ corrected, solved.square().mT @ corrected.square()
 
 
 def _moments_of_pairs(x_NS: Tensor, e_NL: Tensor, inverse_SS: Tensor) -> tuple[Tensor, Tensor]:

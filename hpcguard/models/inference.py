@@ -38,6 +38,7 @@ def for_inference(model: Normalized, example: Tensor) -> Normalized:
         rewritings.insert(0, lambda net, images: Blocked(fitted_to_size(net, images)))
     for rewrite in rewritings:
         quick = copy.deepcopy(plain)
+        quick.normalizes = bool((quick.mean != 0).any() or (quick.std != 1).any())
         try:
             quick.net = rewrite(quick.net, example)
             with torch.inference_mode(), redirect_stderr(io.StringIO()):  # torch.fx prints what it then raises

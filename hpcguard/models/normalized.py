@@ -18,9 +18,10 @@ class Normalized(nn.Module):
     def __init__(self, net: nn.Module, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)) -> None:
         super().__init__()
         self.net = net
+        self.normalizes = True  # for_inference turns it off where it would change nothing
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] in [0, 1] to logits [B, K]."""
-        return self.net((images - self.mean) / self.std)
+        return self.net((images - self.mean) / self.std if self.normalizes else images)
