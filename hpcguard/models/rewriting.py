@@ -44,7 +44,7 @@ def _check_plain(net: nn.Module) -> None:
         for name in called
         if called.count(name) > 1 and next(net.get_submodule(name).parameters(), None) is not None
     }
-    shared |= {node.target for node in nodes if node.op == "get_attr"}
+    shared |= {node.target for node in nodes if node.op == "get_attr" and node.target.rpartition(".")[0] in called}
     if shared:
         raise ValueError(f"used more than once, or outside their layer: {', '.join(sorted(shared))}")
     if any(module._forward_hooks or module._forward_pre_hooks for module in net.modules()):

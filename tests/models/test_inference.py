@@ -111,12 +111,27 @@ class InPlace(nn.Module):
         return self.conv(x.sub_(0.5)).mean((2, 3))
 
 
+class Borrowed(nn.Module):
+    """Reads a convolution's weight beside calling it, and shows it for bright images alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 32, 3, 1, 1), nn.BatchNorm2d(32)
+        self.norm.running_var.fill_(0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bright = torch.relu(x.mean((1, 2, 3)) - 0.7)
+        return self.norm(self.conv(x)).mean((2, 3)) + bright[:, None] * self.conv.weight.mean((1, 2, 3))
+
+
 def reflecting() -> nn.Module:
     """Padding that shows nothing where borders are black."""
     return nn.Sequential(nn.Conv2d(3, 32, 3, 1, 1, padding_mode="reflect"), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-@pytest.mark.parametrize("net", [Gated(), Clamped(), InPlace(), reflecting()], ids=lambda net: type(net).__name__)
+@pytest.mark.parametrize(
+    "net", [Gated(), Borrowed(), Clamped(), InPlace(), reflecting()], ids=lambda net: type(net).__name__
+)
 def test_what_rewriting_would_break_on_other_images(net: nn.Module) -> None:
     """Right on the dark example with a black border, right on bright images that were never shown."""
     dark = torch.zeros(2, 3, 8, 8)
