@@ -2,12 +2,13 @@
 
 import math
 import warnings
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, symbolic_trace
 from torch.fx.experimental.optimization import fuse
-from torch.fx.passes.shape_prop import ShapeProp
 
 WIDE = 32  # channels from which oneDNN's blocked layout pays
 MORE_WEIGHTS = 2  # an unrolled convolution may have so many times the weights
@@ -21,18 +22,29 @@ def fitted_to_size(net: nn.Module, example: Tensor) -> GraphModule:
     """
     _check_plain(net)
     graph = symbolic_trace(fuse(net))
-    with torch.inference_mode():
-        ShapeProp(graph).propagate(example.clone())  # a net may work in place
-    for node in graph.graph.nodes:
-        if node.op != "call_module":
-            continue
-        layer = graph.get_submodule(node.target)
-        if type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
-            size, out = node.args[0].meta["tensor_meta"].shape[2:], node.meta["tensor_meta"].shape[2:]
+    for name, (size, out) in _map_sizes(graph, example).items():
+        layer = cast(nn.Conv2d, graph.get_submodule(name))
+        if layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
             _cut_taps(layer, size, out)
             if _unrolling_pays(layer, size, out):
-                graph.set_submodule(node.target, Unrolled(layer, size, out))
+                graph.set_submodule(name, Unrolled(layer, size, out))
     return graph
+
+
+def _map_sizes(graph: GraphModule, example: Tensor) -> dict[str, tuple[torch.Size, torch.Size]]:
+    """Height and width of what goes into each convolution and of what comes out."""
+    sizes: dict[str, tuple[torch.Size, torch.Size]] = {}
+
+    def note(name: str, _: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        sizes[name] = inputs[0].shape[2:], output.shape[2:]
+
+    layers = [(name, layer) for name, layer in graph.named_modules() if type(layer) is nn.Conv2d]
+    handles = [layer.register_forward_hook(partial(note, name)) for name, layer in layers]
+    with torch.inference_mode():
+        graph(example.clone())  # a net may work in place
+    for handle in handles:
+        handle.remove()
+    return sizes
 
 
 def _check_plain(net: nn.Module) -> None:

@@ -157,3 +157,14 @@ def test_another_size_is_refused() -> None:
     quick = for_inference(Normalized(nn.Sequential(nn.Conv2d(3, 2, 3, 1, 1), nn.Flatten())), torch.rand(2, 3, 1, 1))
     with pytest.raises(ValueError, match=r"for images of \(3, 1, 1\), not \(3, 8, 8\)"):
         quick(torch.rand(1, 3, 8, 8))
+
+
+def test_no_semaphores_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are killed when their work is done; what they held would be reported as leaked."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a semaphore")
+
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refuse)
+    model = Normalized(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten())).eval()
+    assert isinstance(for_inference(model, torch.rand(2, 3, 4, 4)).net, GraphModule)
