@@ -1,6 +1,5 @@
 """Code of the user's own that a configuration names as package.module:callable."""
 
-import hashlib
 import importlib
 import inspect
 from collections.abc import Callable
@@ -26,11 +25,11 @@ def import_callable(name: str, key: str) -> Callable[..., Any]:
     return found
 
 
-def source_digest(name: str, key: str) -> str | None:
-    """SHA-256 of the file in which the callable is written, not of what it imports; None where there is no file."""
+def source_file(name: str, key: str) -> Path | None:
+    """The file in which the callable is written; None where there is none."""
     found = inspect.unwrap(import_callable(name, key))
     try:
         file = inspect.getsourcefile(found)
     except TypeError:  # an instance, or compiled code
         file = inspect.getsourcefile(type(found)) if not inspect.isbuiltin(found) else None
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None
+    return Path(file) if file else None

@@ -9,8 +9,8 @@ import numpy as np
 from hpcguard.config import Config
 from hpcguard.data import ImageSet
 from hpcguard.errors import InputError
-from hpcguard.plugins import source_digest
-from hpcguard.runs import differences, digest_arrays, digest_json, publish_json_once, read_json
+from hpcguard.plugins import source_file
+from hpcguard.runs import differences, digest_arrays, digest_file, digest_json, publish_json_once, read_json
 
 PLAN_SCHEMA = 1
 ATTRIBUTION_VERSION = 3  # raise it whenever the same settings give other stored values
@@ -52,7 +52,7 @@ def attribution_identity(config: Config, images: ImageSet, weights_sha256: str) 
         "attribution": config.attribution.identity(),
         "ids": digest_arrays(images.ids),
         "code": {
-            key: source_digest(name, key)
+            key: digest_file(file) if (file := source_file(name, key)) else None
             for key, name in (
                 ("model.name", config.model.name),
                 ("attribution.segmentation", config.attribution.segmentation),
