@@ -7,12 +7,21 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from slurm_cluster import TOOL, Slurm, clean_environment, need_accounting, need_slurm, tool
 
 IGNORES_SIGNALS = "trap '' TERM USR2 CONT; for i in {1..600}; do sleep 0.1; done"
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """Unlike tmp_path, short enough for sockets whoever runs the tests."""
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
+        yield Path(folder).resolve()
 
 
 def alive(pid: int) -> bool:
@@ -71,11 +80,11 @@ def test_only_loopback_is_listened_on(slurm: Slurm) -> None:
     assert listening(pids) == {"0100007F"}
 
 
-def test_the_machines_name_may_mean_another_address(slurm: Slurm, tmp_path: Path) -> None:
+def test_the_machines_name_may_mean_another_address(slurm: Slurm, short_path: Path) -> None:
     """127.0.1.1 on Debian, or a network's: the daemons stay on 127.0.0.1, and srun hears its steps."""
     if not json.loads((slurm.folder / "cluster.json").read_text())["namespaces"]:
         pytest.skip("mount namespaces are not allowed here")
-    hosts, folder = tmp_path / "hosts", tmp_path / "c"
+    hosts, folder = short_path / "hosts", short_path / "c"
     hosts.write_text(f"127.0.0.1 localhost\n127.0.1.1 {os.uname().nodename}\n")
     script = f"""mount --bind {hosts} /etc/hosts && {TOOL} start --folder {folder} >&2 &&
         eval "$({TOOL} env --folder {folder})" && timeout 10 srun --nodes 2 hostname && cat {folder}/run/*.pid"""
@@ -198,9 +207,9 @@ def test_stop_after_a_bad_night_spares_a_process_that_has_a_stale_pid() -> None:
         bystander.wait()
 
 
-def test_a_dead_clusters_folder_is_used_again_and_a_living_ones_is_not(tmp_path: Path) -> None:
+def test_a_dead_clusters_folder_is_used_again_and_a_living_ones_is_not(short_path: Path) -> None:
     need_slurm()
-    folder = tmp_path / "c"
+    folder = short_path / "c"
     try:
         assert tool("start", "--nodes", 1, "--folder", folder).returncode == 0
         second = tool("start", "--folder", folder)
@@ -218,18 +227,18 @@ def test_a_dead_clusters_folder_is_used_again_and_a_living_ones_is_not(tmp_path:
     assert nothing_is_left(folder)
 
 
-def test_a_start_that_fails_says_why_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_start_that_fails_says_why_and_leaves_nothing(short_path: Path) -> None:
     need_slurm()
-    done = tool("start", "--set", "SelectType=select/nonsense", "--folder", tmp_path / "c")
+    done = tool("start", "--set", "SelectType=select/nonsense", "--folder", short_path / "c")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("mini_slurm: slurm")
     assert "select/nonsense" in done.stderr
-    assert nothing_is_left(tmp_path / "c")
+    assert nothing_is_left(short_path / "c")
 
 
-def test_an_interrupted_start_leaves_nothing(tmp_path: Path) -> None:
+def test_an_interrupted_start_leaves_nothing(short_path: Path) -> None:
     need_slurm()
-    folder = tmp_path / "c"
+    folder = short_path / "c"
     # a node that can never be up keeps the start waiting
     command = [str(TOOL), "start", "--set", "SlurmdParameters=none", "--cpus", "1000", "--folder", str(folder)]
     starting = subprocess.Popen(command, env=clean_environment(), stderr=subprocess.PIPE, text=True)
@@ -240,12 +249,12 @@ def test_an_interrupted_start_leaves_nothing(tmp_path: Path) -> None:
     assert nothing_is_left(folder)
 
 
-def test_missing_programs_are_one_line_with_their_packages(tmp_path: Path) -> None:
-    environment = {**clean_environment(), "PATH": str(tmp_path)}
-    done = tool("start", "--folder", tmp_path / "c", env=environment)
+def test_missing_programs_are_one_line_with_their_packages(short_path: Path) -> None:
+    environment = {**clean_environment(), "PATH": str(short_path)}
+    done = tool("start", "--folder", short_path / "c", env=environment)
     assert done.returncode == 2
     assert re.fullmatch(r"mini_slurm: not installed: .*sinfo.*; on Debian: apt-get install .*slurm-wlm\n", done.stderr)
-    assert not (tmp_path / "c").exists()
+    assert not (short_path / "c").exists()
 
 
 @pytest.mark.parametrize(
@@ -262,28 +271,28 @@ def test_bad_arguments_are_one_line(arguments: tuple[str, ...], message: str) ->
 
 
 @pytest.mark.parametrize("verb", ["start", "stop"])
-def test_somebody_elses_folder_is_not_touched(tmp_path: Path, verb: str) -> None:
+def test_somebody_elses_folder_is_not_touched(short_path: Path, verb: str) -> None:
     need_slurm()
-    (tmp_path / "thesis.tex").write_text("x")
-    done = tool(verb, "--folder", tmp_path)
+    (short_path / "thesis.tex").write_text("x")
+    done = tool(verb, "--folder", short_path)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    assert [path.name for path in short_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_folder_that_slurm_cannot_have_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_slurm_cannot_have_is_refused(short_path: Path) -> None:
     need_slurm()
     for name in ("with space", 70 * "x"):
-        done = tool("start", "--folder", tmp_path / name)
+        done = tool("start", "--folder", short_path / name)
         assert done.returncode == 2
         assert len(done.stderr.splitlines()) == 1
-        assert not (tmp_path / name).exists()
+        assert not (short_path / name).exists()
 
 
-def test_without_namespaces_nodes_share_the_host_name(tmp_path: Path) -> None:
+def test_without_namespaces_nodes_share_the_host_name(short_path: Path) -> None:
     need_slurm()
     if socket.gethostbyname(socket.gethostname()) != "127.0.0.1":
-        refused = tool("start", "--plain", "--folder", tmp_path / "c")
+        refused = tool("start", "--plain", "--folder", short_path / "c")
         assert refused.returncode == 2
         assert "Slurm would listen there" in refused.stderr
         return
