@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from slurm_cluster import slurm  # noqa: F401  # a fixture
 
 from hpcguard.cli import run_stage
 
