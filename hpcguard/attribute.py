@@ -1,227 +1,295 @@
 """Explain every training image with LIME, in shards, and keep what is done.
 
-Writes RUN/plan.json once, then RUN/shards/*.h5 with a manifest each. Running the same command again does only the
-shards that are missing or damaged. The stored values depend on configuration, weights and data, never on the number
-of shards or workers.
+Writes RUN/plan.json once, then RUN/shards/*.h5 with a manifest each: in worker processes here, or in Slurm arrays
+that it submits and leaves (cluster.executor=slurm), with consolidation and what cluster.slurm.then names to follow.
+Running the same command again does only what is missing or damaged. The stored values depend on configuration, weights
+and data, never on the number of shards, workers or nodes.
 """
 
 import argparse
-import os
 import time
-from collections.abc import Generator, Iterator
-from contextlib import closing
-from functools import partial
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from hpcguard.attribution import explain_batch, true_and_runner_up
-from hpcguard.attribution.ahead import Block, segmented_ahead
-from hpcguard.attribution.segments import check_segmentation, labels_fit_a_byte, segments_on_device
-from hpcguard.cluster.devices import full_float32, pick_device
-from hpcguard.cluster.local import Report, cores_of_a_worker, run_local
-from hpcguard.cluster.plan import Plan, agree_on_plan, attribution_identity, make_plan, require_plan
-from hpcguard.config import Config
+from hpcguard.attribution.segments import check_segmentation
+from hpcguard.cluster import dispatch, slurm, submit
+from hpcguard.cluster.attempt import Attempt, run_attempt
+from hpcguard.cluster.devices import pick_device
+from hpcguard.cluster.failures import Kind, Problem, forgive, read_failures
+from hpcguard.cluster.local import usable_cores
+from hpcguard.cluster.plan import Plan, agree_on_plan, attribution_identity, make_plan, read_plan, require_plan
+from hpcguard.cluster.settle import settle
+from hpcguard.cluster.submission import Submission, read_submission, read_submissions, shards_in_queue
+from hpcguard.config import Config, load_config
 from hpcguard.data import ImageSet, load_images
-from hpcguard.errors import InputError
-from hpcguard.models import check_answers, fastest_layout, for_inference, load_model
-from hpcguard.progress import progress, say
-from hpcguard.runs import RunFolder, digest_file
-from hpcguard.store import ShardWriter, rows_from, shard_problem
+from hpcguard.models import check_answers, load_model
+from hpcguard.progress import say
+from hpcguard.runs import RunFolder, digest_file, exclusive, publish_json_once
+from hpcguard.shards import (
+    ShardTask,
+    explain_unit,
+    new_attempt,
+    probabilities,
+    quarantined,
+    readable_ids,
+    shard_problems,
+)
+from hpcguard.store import view_problem
 
 EXAMPLE = (
     "python -m hpcguard.attribute configs/quickstart.yaml --dry-run",
     "python -m hpcguard.attribute configs/quickstart.yaml cluster.workers=2",
+    "python -m hpcguard.attribute configs/cifar10.yaml cluster.executor=slurm cluster.slurm.attribute.gpus_per_node=1",
 )
 SECTIONS = ("data", "model", "attribution", "cluster")
 SAMPLE_IMAGES = 2  # explained to estimate the cost
-MOST_SEGMENTERS = 4  # of cluster.segmenters: auto
+LINGER_S = 60.0  # after asking to be requeued
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--dry-run", action="store_true", help="print plan, shards and an estimate of the cost; start nothing"
+        "--dry-run", action="store_true",
+        help="print plan, shards, an estimate of the cost and, for Slurm, the exact sbatch text; start nothing",
+    )  # fmt: skip
+    parser.add_argument(
+        "--retry", action="store_true", help="try shards again that were given up (`hpcguard retry` is this)"
     )
+    parser.add_argument("--settle", type=int, metavar="NUMBER", help=argparse.SUPPRESS)  # of a submission, by its job
 
 
 def run(config: Config, arguments: argparse.Namespace) -> int:
-    pick_device(config.device)
     images = load_images(config.data, "train")
     folder = RunFolder(config.run)
     if arguments.dry_run:
         return _dry_run(config, images, folder)
+    plan = _agreed_plan(config, images, folder)
+    problems = shard_problems(folder, plan, images.ids, values=arguments.settle is not None)
+    if arguments.settle is not None:
+        return settle(config, folder, problems, arguments.settle, array_task)
+    _say_what_remains(problems, plan, folder)
+    if config.cluster.executor == "slurm":
+        return _submit(config, folder, plan, sorted(problems), arguments.retry)
+    forgive(folder, list(problems))
+    return _run_here(config, folder, plan, sorted(problems)) if problems else 0
+
+
+def _agreed_plan(config: Config, images: ImageSet, folder: RunFolder) -> Plan:
+    """The run's plan, made and published if there is none; the model and one image are tried first."""
+    if config.cluster.executor == "local":
+        pick_device(config.device)
     weights = folder.explained_weights(config)
     identity = attribution_identity(config, images, digest_file(weights))
     model = load_model(config.model, len(images.classes), images.shape[0], weights)
-    check_answers(model, torch.from_numpy(images.images(images.ids[:1])), len(images.classes))
-    _check_segmentation(config, images)
+    first = readable_ids(images, 1)
+    check_answers(model, torch.from_numpy(images.images(first)), len(images.classes))
+    check_segmentation(images.images(first)[0], config.attribution, int(first[0]))
     folder.create()
     plan = agree_on_plan(folder.plan, make_plan(images.ids, config.attribution.unit, config.cluster.shards, identity))
     if plan.num_shards != config.cluster.shards:
         say(f"plan: {plan.num_shards} shards, as first planned (cluster.shards = {config.cluster.shards} is not used)")
     digests = {"data_sha256": identity["data"]["sha256"], "weights_sha256": identity["model"]["weights_sha256"]}
     folder.record_config(config, **digests)
-    problems = {index: _problem(folder, plan, images, index) for index in range(plan.num_shards)}
-    todo = [index for index, problem in problems.items() if problem]
-    _say_what_remains(problems, plan, folder)
-    if not todo:
-        return 0
-    return _run_shards(config, folder, plan, images, todo)
+    return plan
 
 
-def _check_segmentation(config: Config, images: ImageSet) -> None:
-    check_segmentation(images.images(images.ids[:1])[0], config.attribution, int(images.ids[0]))
-
-
-def _problem(folder: RunFolder, plan: Plan, images: ImageSet, index: int) -> str | None:
-    ids = plan.shard_ids(index, images.ids)
-    return shard_problem(folder.shard(index), folder.manifest(index), ids, plan.fingerprint)
-
-
-def _say_what_remains(problems: dict[int, str | None], plan: Plan, folder: RunFolder) -> None:
-    todo = {index: problem for index, problem in problems.items() if problem}
-    done = plan.num_shards - len(todo)
-    if not todo:
+def _say_what_remains(problems: dict[int, str], plan: Plan, folder: RunFolder) -> None:
+    if not problems:
         say(
             f"attribute: all {plan.num_shards} shards ({plan.num_images} images) are done and verified: {folder.shards}"
         )
+        _say_quarantined(folder, plan)
         return
-    say(f"attribute: {plan.num_images} images in {plan.num_shards} shards; {done} done, {len(todo)} to do")
-    for index, problem in todo.items():
+    done = plan.num_shards - len(problems)
+    say(f"attribute: {plan.num_images} images in {plan.num_shards} shards; {done} done, {len(problems)} to do")
+    for index, problem in problems.items():
         if problem != "missing":
             say(f"  shard {index:05d}: {problem}; doing it again")
 
 
-def _run_shards(config: Config, folder: RunFolder, plan: Plan, images: ImageSet, todo: list[int]) -> int:
-    units = {index: len(plan.units(index, images.ids)) for index in todo}
-    reported = dict.fromkeys(todo, 0)
+def _say_quarantined(folder: RunFolder, plan: Plan) -> None:
+    left_out = quarantined(folder, range(plan.num_shards))
+    for image, why in list(left_out.items())[:5]:
+        say(f"  image {image} is left out (quarantined): {why}")
+    if len(left_out) > 5:
+        say(f"  and {len(left_out) - 5} more images; `hpcguard status` lists them")
+
+
+def _run_here(config: Config, folder: RunFolder, plan: Plan, todo: list[int]) -> int:
+    """In a pool of processes on this machine."""
     started = time.monotonic()
-    with progress("attribute", sum(units.values()), "units") as meter:
-
-        def on_progress(index: int, amount: int) -> None:
-            # Zero: the worker died and the shard starts again, so that what it had reported no longer counts.
-            meter.advance(amount or -reported[index])
-            reported[index] = reported[index] + amount if amount else 0
-
-        def on_end(index: int, problem: str | None) -> None:
-            if problem:
-                (folder.logs / f"shard_{index:05d}.log").write_text(problem)
-            meter.note(f"shard {index:05d} {'FAILED' if problem else 'done'}")
-
-        outcome = run_local(
-            partial(attribute_shard, config, plan), todo, config.cluster.workers, config.cluster.threads,
-            config.cluster.attempts, on_progress, on_end,
-        )  # fmt: skip
-    rate = len(images) / (time.monotonic() - started)
-    say(f"attribute: {len(outcome.done)} of {len(todo)} shards done in {time.monotonic() - started:.1f} s")
-    for index, problem in sorted(outcome.failed.items()):
-        say(
-            f"  shard {index:05d} FAILED: {problem.strip().splitlines()[-1]} (log: {folder.logs}/shard_{index:05d}.log)"
-        )
-    if outcome.failed:
-        say("  the same command tries the failed shards again")
-    elif len(todo) == plan.num_shards:
-        say(f"  {rate:.1f} images a second with {config.cluster.workers} workers")
-    return 1 if outcome.failed else 0
+    attempt = Attempt(folder, plan, new_attempt(None, 0))
+    workers = min(config.cluster.workers, len(todo))
+    task = ShardTask(config, plan, workers, attempt.name)
+    outcome = run_attempt(attempt, task, todo, workers, config.cluster)
+    _say_quarantined(folder, plan)
+    if len(outcome.done) < len(todo):
+        say("  the same command tries the missing shards again")
+        return 1
+    if len(todo) == plan.num_shards:
+        rate = plan.num_images / (time.monotonic() - started)
+        say(f"  {rate:.1f} images a second with {workers} workers")
+    return 0
 
 
-def attribute_shard(config: Config, plan: Plan, index: int, slot: int, report: Report) -> None:
-    """Explain one shard of a plan and publish it; `slot` chooses the GPU where there are several."""
+def _submit(config: Config, folder: RunFolder, plan: Plan, missing: list[int], retry: bool) -> int:
+    """As Slurm arrays, with the jobs that follow; returns as soon as they are in the queue."""
+    with exclusive(folder.slurm):
+        queue = slurm.queue_of(folder.path)
+        if retry or not queue:
+            say(f"attribute: {forgive(folder, missing)} record(s) of failed attempts put aside")
+        if caretakers := [job for job in queue if job.name.startswith("hpcguard-consolidate-")]:
+            say(
+                f"  nothing submitted: job {caretakers[0].id} waits for what is running, and submits again what is left"
+            )
+            say(f"  watch it with `hpcguard status {folder.path} --watch`, end it with `hpcguard cancel {folder.path}`")
+            return 0
+        if queue and not missing:
+            say(f"  nothing submitted: {', '.join(f'{job.name} is {job.state}' for job in queue)}")
+            return 0
+        consolidated = not view_problem(folder.store, folder.store_manifest, plan.fingerprint)
+        if consolidated and not missing and not config.cluster.slurm.then:
+            return 0
+        alive = shards_in_queue(read_submissions(folder), queue)
+        memory = {shard: config.cluster.slurm.attribute.memory_gb for shard in missing if shard not in alive}
+        waits_for = sorted({job.id for job in alive.values()})
+        submission = dispatch.submit(config, folder, memory, array_task, waits_for=waits_for)
+    say(f"attribute: submission {submission.number}, in {submission.folder}")
+    for line in dispatch.describe(submission):
+        say(line)
+    say(f"  watch it with `hpcguard status {folder.path} --watch`, end it with `hpcguard cancel {folder.path}`")
+    return 0
+
+
+def array_task(number: int) -> None:
+    """One task of a Slurm array: its shards in a pool with a worker a GPU. Raises SystemExit with the job's status."""
+    submission = read_submission(submit.own_submission())
+    if submission.stopped.exists():
+        raise SystemExit(f"submission {submission.number} was stopped early: {submission.stopped}")
+    config = load_config(submission.config)
     folder = RunFolder(config.run)
-    images = load_images(config.data, "train")
-    device = pick_device(config.device, slot)
-    weights = folder.explained_weights(config)
-    if digest_file(weights) != plan.identity["model"]["weights_sha256"]:
-        raise InputError(f"{weights}: changed since the plan was made; restore it, or set run to another folder")
-    predict = probabilities(config, images, weights, device)
-    narrow = labels_fit_a_byte(config.attribution, *images.shape[1:])
-    writer = ShardWriter(folder.shard(index), folder.manifest(index), plan.fingerprint, "u1" if narrow else "u2")
-    with closing(_segmented(config, images, plan.units(index, images.ids), device)) as blocks:
-        for ids, pixels, segments in blocks:
-            writer.append(explain_unit(predict, pixels, images.labels_of(ids), ids, config, device, segments))
-            report(1)
-    writer.publish(plan.shard_ids(index, images.ids), shard=index, pid=os.getpid())
+    plan = read_plan(folder.plan)
+    job = slurm.own_job()
+    attempt = Attempt(
+        folder, plan, new_attempt(job, slurm.restarts()), job, submit.own_log(), slurm.own_memory_gb(),
+        lambda: submit.told_to_stop() or submission.stopped.exists(),
+    )  # fmt: skip
+    shards = submission.tasks[number]
+    _note_restart(attempt, shards)
+    started = time.monotonic()
+    workers = min(len(shards), _workers_of_a_task(config))
+    outcome = run_attempt(attempt, ShardTask(config, plan, workers, attempt.name), shards, workers, config.cluster)
+    if attempt.stopped_because:
+        _stop_submission(submission, attempt.stopped_because)
+    elif outcome.stopped and not submission.stopped.exists():
+        _requeue(attempt, outcome.stopped, config.cluster.slurm.attribute.minutes, time.monotonic() - started)
+    raise SystemExit(0 if len(outcome.done) == len(shards) else 1)
 
 
-def _segmented(
-    config: Config, images: ImageSet, units: list[np.ndarray], device: torch.device
-) -> Generator[tuple[np.ndarray, np.ndarray, np.ndarray | None], None, None]:
-    """(ids, images, segments) of each unit; no segments where they are best made with the explanation."""
-    blocks: Iterator[Block] = ((ids, images.images(ids)) for ids in units)
-    processes = segmenters(config, device.type, images.shape[0])
-    if processes:
-        yield from segmented_ahead(blocks, config.attribution, processes)
-    else:
-        yield from ((ids, pixels, None) for ids, pixels in blocks)
+def _workers_of_a_task(config: Config) -> int:
+    gpus = config.cluster.slurm.attribute.gpus_per_node
+    return gpus or max(1, usable_cores() // config.cluster.threads)
 
 
-def segmenters(config: Config, device_type: str, channels: int) -> int:
-    """How many processes segment for one worker whose model runs on such a device."""
-    if config.cluster.segmenters != "auto":
-        return config.cluster.segmenters
-    if device_type == "cpu" or segments_on_device(config.attribution, device_type, channels):
-        return 0
-    workers = min(config.cluster.workers, config.cluster.shards)
-    return min(MOST_SEGMENTERS, cores_of_a_worker(workers) - 1)
+def _stop_submission(submission: Submission, why: str) -> None:
+    """The rest would fail too: tell the running tasks, and take back those that wait."""
+    publish_json_once(submission.stopped, {"why": why, "time": time.time()})
+    slurm.cancel([job.job for job in submission.jobs if job.kind == "attribute"], pending_only=True)
 
 
-def probabilities(config: Config, images: ImageSet, weights: Path | None, device: torch.device) -> Any:
-    """The model as a function from images in [0, 1] to probabilities."""
-    full_float32()
-    example = torch.from_numpy(images.images(images.ids[:2])).to(device)
-    model = for_inference(load_model(config.model, len(images.classes), images.shape[0], weights), example)
-    return lambda batch: model(batch).softmax(1)
+def _requeue(attempt: Attempt, stopped: list[int], minutes: int, seconds: float) -> None:
+    """Slurm has warned us: note why, and ask to be run again; not where a whole time limit brought nothing."""
+    kind: Kind = "pre-empted" if slurm.was_preempted(attempt.job or "") else "time-out"
+    journals = {shard: attempt.own_journals(shard) for shard in stopped}
+    begun = [shard for shard in stopped if journals[shard]] or stopped[:1]
+    fruitless = kind == "time-out" and not any(path.stat().st_size for paths in journals.values() for path in paths)
+    message = f"{kind} after {seconds:.0f} s"
+    if fruitless:
+        message += f" without finishing a unit: raise cluster.slurm.attribute.minutes = {minutes}"
+    for shard in begun:
+        attempt.record(shard, Problem(kind, message), final=fruitless)
+    if fruitless:
+        return
+    say(f"attribute: {message}; to be requeued")
+    if slurm.requeue_self():
+        time.sleep(LINGER_S)  # Slurm ends us meanwhile
+    say("attribute: Slurm did not requeue this task; the job that looks after the arrays will")
 
 
-def explain_unit(
-    predict: Any,
-    images: np.ndarray,
-    labels: np.ndarray,
-    ids: np.ndarray,
-    config: Config,
-    device: torch.device,
-    segments: np.ndarray | None = None,
-) -> dict[str, np.ndarray]:
-    """Store rows of one unit: the true label and the strongest wrong one explained."""
-    pixels = fastest_layout(torch.from_numpy(images).to(device))
-    with torch.inference_mode():
-        targets = true_and_runner_up(predict(pixels.clone()), torch.from_numpy(labels).to(device))
-    explained = explain_batch(predict, pixels, ids, config.attribution, targets.cpu().numpy(), segments)
-    return rows_from(explained, labels)
+def _note_restart(attempt: Attempt, shards: list[int]) -> None:
+    """What ended the former start of this job, if it could not tell itself."""
+    former = f"{attempt.job}.r{slurm.restarts() - 1}."
+    if not slurm.restarts() or any(failure.attempt.startswith(former) for failure in read_failures(attempt.folder)):
+        return
+    begun = {shard: path for shard in shards for path in attempt.folder.journals(shard) if f".{former}" in path.name}
+    hosts = {path.name.split(former, 1)[1].rsplit("-", 1)[0] for path in begun.values()}
+    failed = slurm.was_node_failure(attempt.job or "") or any(map(slurm.node_is_down, hosts))
+    kind: Kind = "node-failure" if failed else "requeued"
+    for shard in begun or shards[:1]:
+        attempt.record(shard, Problem(kind, f"{kind} of {', '.join(sorted(hosts)) or 'an unknown node'}"), final=False)
 
 
 def _dry_run(config: Config, images: ImageSet, folder: RunFolder) -> int:
-    _check_segmentation(config, images)
-    plan, done = _planned(config, images, folder)
+    first = readable_ids(images, 1)
+    check_segmentation(images.images(first)[0], config.attribution, int(first[0]))
+    plan, missing = _planned(config, images, folder)
     say(f"run folder   {folder.path}{' (exists)' if folder.path.exists() else ''}")
     say(f"images       {len(images)} of {images.name}, {'x'.join(map(str, images.shape))}")
     say(f"plan         {plan.num_shards} shards of at most {max(np.diff(plan.bounds))} images, units of {plan.unit}")
     for index in range(min(plan.num_shards, 8)):
         ids = plan.shard_ids(index, images.ids)
-        say(f"  shard {index:05d}  {len(ids)} images, ids {ids[0]} to {ids[-1]}{', done' if index in done else ''}")
+        done = "" if index in missing else ", done"
+        say(f"  shard {index:05d}  {len(ids)} images, ids {ids[0]} to {ids[-1]}{done}")
     if plan.num_shards > 8:
-        say(f"  ... and {plan.num_shards - 8} more; {len(done)} of all are done")
-    seconds, segments = _measure(config, images)
-    workers = min(config.cluster.workers, plan.num_shards)
-    say(f"sample       {SAMPLE_IMAGES} images: {segments:.0f} segments, {seconds:.3f} s an image on one worker")
-    left = len(images) - sum(len(plan.shard_ids(index, images.ids)) for index in done)
-    total = seconds * left
-    alone, together = _duration(total), _duration(total / workers)
-    rows = left * config.attribution.most_samples
-    say(f"cost         {rows:,} model rows, {alone} with one worker, {together} with {workers}")
+        say(f"  ... and {plan.num_shards - 8} more; {plan.num_shards - len(missing)} of all are done")
+    left = sum(len(plan.shard_ids(index, images.ids)) for index in missing)
+    _say_cost(config, images, plan, left)
+    if config.cluster.executor == "slurm":
+        _say_scripts(config, folder, missing)
     say("dry run: nothing was started or written")
     return 0
 
 
-def _planned(config: Config, images: ImageSet, folder: RunFolder) -> tuple[Plan, set[int]]:
-    """The folder's plan, if it has one that fits, else the one that would be made; and which shards are done."""
+def _say_cost(config: Config, images: ImageSet, plan: Plan, left: int) -> None:
+    if config.cluster.images_per_second:
+        seconds = 1 / config.cluster.images_per_second
+        say(f"rate         {config.cluster.images_per_second:g} images a second on one worker, as given")
+    else:
+        seconds, segments = _measure(config, images)
+        say(
+            f"sample       {SAMPLE_IMAGES} images: {segments:.0f} segments, {seconds:.3f} s an image on one worker here"
+        )
+    asked, on_slurm = config.cluster.slurm, config.cluster.executor == "slurm"
+    workers = min(config.cluster.workers, plan.num_shards)
+    if on_slurm:
+        a_task = asked.attribute.gpus_per_node or max(1, (asked.attribute.cpus_per_task or 1) // config.cluster.threads)
+        workers = min(a_task * asked.tasks_at_once, plan.num_shards)
+    alone, together = _duration(seconds * left), _duration(seconds * left / workers)
+    rows = left * config.attribution.most_samples
+    say(f"cost         {rows:,} model rows, {alone} with one worker, {together} with {workers}")
+    if on_slurm:
+        what = "GPU-hours" if asked.attribute.gpus_per_node else "worker-hours"
+        say(f"             {seconds * left / 3600:.2f} {what} at this rate; cluster.images_per_second states another")
+
+
+def _say_scripts(config: Config, folder: RunFolder, missing: list[int]) -> None:
+    """The exact sbatch scripts, and what Slurm says to each."""
+    memory: dict[int, float | None] = dict.fromkeys(missing, config.cluster.slurm.attribute.memory_gb)
+    for text in dispatch.texts(config, folder, memory):
+        say(f"\n{text}")
+        alone = "\n".join(line for line in text.splitlines() if not line.startswith("#SBATCH --dependency"))
+        say(f"sbatch --test-only: {slurm.check(alone)}")
+    say("")
+
+
+def _planned(config: Config, images: ImageSet, folder: RunFolder) -> tuple[Plan, list[int]]:
+    """The folder's plan, if it has one that fits, else the one that would be made; and the missing shards."""
     if not folder.plan.exists():
-        return make_plan(images.ids, config.attribution.unit, config.cluster.shards, {}), set()
+        plan = make_plan(images.ids, config.attribution.unit, config.cluster.shards, {})
+        return plan, list(range(plan.num_shards))
     identity = attribution_identity(config, images, digest_file(folder.explained_weights(config)))
     plan = require_plan(folder.plan, identity)
-    return plan, {index for index in range(plan.num_shards) if not _problem(folder, plan, images, index)}
+    return plan, sorted(shard_problems(folder, plan, images.ids))
 
 
 def _duration(seconds: float) -> str:

@@ -46,7 +46,7 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
     world = communicator()
     problems, statistics = _verify(folder, plan, images, world)
     if world.rank == 0:
-        _publish(folder, plan, problems, statistics, world.size)
+        _publish(folder, plan, problems, statistics, world.size, config.cluster.quarantine)
     return 0
 
 
@@ -77,8 +77,9 @@ def _verify(
 
 
 def _publish(
-    folder: RunFolder, plan: Plan, problems: dict[int, str], statistics: dict[str, np.ndarray], ranks: int
-) -> None:
+    folder: RunFolder, plan: Plan, problems: dict[int, str], statistics: dict[str, np.ndarray], ranks: int,
+    quarantine: float,
+) -> None:  # fmt: skip
     if problems:
         listed = ", ".join(f"{index:05d} ({problems[index]})" for index in sorted(problems)[:5])
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
@@ -90,12 +91,21 @@ def _publish(
     manifests = [
         read_json(folder.manifest(index), "run attribute again", columns=dict) for index in range(plan.num_shards)
     ]
+    left_out = {entry["image"]: entry["why"] for manifest in manifests for entry in manifest.get("quarantined", [])}
+    if len(left_out) > quarantine * plan.num_images:
+        image, why = next(iter(left_out.items()))
+        raise InputError(
+            f"{len(left_out)} of {plan.num_images} images could not be explained, more than cluster.quarantine = "
+            f"{quarantine:g} allows; the first: image {image}: {why}; mend them, remove {folder.shards} of theirs and "
+            "attribute again, or raise cluster.quarantine"
+        )
     build_view(folder.store, shards, manifests, plan.fingerprint)
     summary = summarise(statistics)
     record: dict[str, Any] = {
         "fingerprint": plan.fingerprint,
         "sha256": digest_file(folder.store),
-        "images": plan.num_images,
+        "images": plan.num_images - len(left_out),
+        "quarantined": sorted(left_out),
         "shards": plan.num_shards,
         "ranks": ranks,
         "worker_seconds": round(sum(manifest.get("seconds", 0) for manifest in manifests), 1),
@@ -106,9 +116,8 @@ def _publish(
         },
     }
     write_json(folder.store_manifest, record)
-    say(
-        f"consolidate: {plan.num_images} images from {plan.num_shards} verified shards, {ranks} rank(s): {folder.store}"
-    )
+    images = f"{record['images']} images" + (f" ({len(left_out)} quarantined)" if left_out else "")
+    say(f"consolidate: {images} from {plan.num_shards} verified shards, {ranks} rank(s): {folder.store}")
     say(
         f"  segments {summary['segments']:.1f}, weighted R^2 {summary['score']:.3f}, "
         f"standard error / largest |coefficient| {summary['relative_error']:.3f}, accuracy {summary['accuracy']:.3f}"

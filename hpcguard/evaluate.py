@@ -22,7 +22,8 @@ from hpcguard.attacks import autoattack
 from hpcguard.attacks.autoattack import check_classes
 from hpcguard.attribution import explain_batch, true_and_runner_up
 from hpcguard.cluster.devices import full_float32, pick_device
-from hpcguard.cluster.local import Report, run_local
+from hpcguard.cluster.failures import Problem
+from hpcguard.cluster.local import Events, Report, run_local
 from hpcguard.config import Config
 from hpcguard.data import ImageSet, load_images
 from hpcguard.errors import InputError
@@ -55,7 +56,7 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
     todo = [arm for arm in arms if not _is_done(folder, arm, identities[arm])]
     for arm in sorted(set(arms) - set(todo), key=arms.index):
         say(f"evaluate: {arm} is measured already: {folder.result(arm)}")
-    failed: dict[str, str] = {}
+    failed: dict[str, Problem] = {}
     if todo:
         folder.create()
         folder.record_config(config, ("evaluation",))
@@ -63,12 +64,16 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
             task = partial(evaluate_arm, config, {arm: identities[arm] for arm in todo})
             outcome = run_local(
                 task, todo, config.evaluation.workers, config.evaluation.threads, config.cluster.attempts,
-                lambda arm, amount: meter.advance(amount), lambda arm, _: meter.note(f"{arm} done"),
+                Events(
+                    progress=lambda arm, amount: meter.advance(amount),
+                    end=lambda arm, problem: meter.note(f"{arm} {'FAILED' if problem else 'done'}"),
+                    restart=lambda arm, problem: say(f"evaluate: {arm}: {problem.message}; beginning it again"),
+                ),
             )  # fmt: skip
         failed = outcome.failed
     for arm, problem in failed.items():
-        (folder.logs / f"evaluate_{arm}.log").write_text(problem)
-        say(f"evaluate: {arm} FAILED: {problem.strip().splitlines()[-1]} (log: {folder.logs}/evaluate_{arm}.log)")
+        (folder.logs / f"evaluate_{arm}.log").write_text(f"{problem.tail}\n{problem.message}\n")
+        say(f"evaluate: {arm} FAILED: {problem.message} (log: {folder.logs}/evaluate_{arm}.log)")
     return 1 if failed else 0
 
 

@@ -56,7 +56,10 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
     images = load_images(config.data, "train")
     pick_device(config.device)
     world = torch_rank()
+    left_out = _quarantined(folder)
     identities = {arm: _identity(config, config.arm(arm), folder, images) for arm in arms}
+    for arm in set(arms) - {"baseline"} if left_out else ():
+        identities[arm]["quarantined"] = left_out
     todo = [arm for arm in arms if not _is_done(folder, arm, identities[arm])]
     for arm in todo:  # all of them first: a fault in the last must not show after hours of the first
         _check(config, config.arm(arm), identities[arm], folder, images, world)
@@ -102,6 +105,18 @@ def _identity(config: Config, training: TrainingConfig, folder: RunFolder, image
     return identity
 
 
+def _quarantined(folder: RunFolder) -> list[int]:
+    """Images that attribution could not explain: no arm is refined with them, so that all see the same."""
+    if not folder.store_manifest.exists():
+        return []
+    return list(read_json(folder.store_manifest, "run consolidate again").get("quarantined", []))
+
+
+def _without(images: ImageSet, identity: dict[str, Any]) -> ImageSet:
+    left_out = identity.get("quarantined", [])
+    return images.subset(images.ids[~np.isin(images.ids, left_out)]) if left_out else images
+
+
 def _is_done(folder: RunFolder, arm: str, identity: dict[str, Any]) -> bool:
     if not folder.weights(arm).exists():
         return False
@@ -121,6 +136,7 @@ def _check(
     world: Place | None,
 ) -> None:  # fmt: skip
     """Find in seconds, before processes start, what would stop the training."""
+    images = _without(images, identity)
     start = folder.explained_weights(config) if training.start == "baseline" else None
     model = load_model(config.model, len(images.classes), images.shape[0], start)
     check_answers(model, torch.from_numpy(images.images(images.ids[:1])), len(images.classes))
@@ -160,6 +176,7 @@ def _train(
     config: Config, training: TrainingConfig, arm: str, identity: dict[str, Any], folder: RunFolder,
     images: ImageSet, world: Place,
 ) -> Engine:  # fmt: skip
+    images = _without(images, identity)
     torch.set_num_threads(training.threads)
     torch.manual_seed(training.seed)
     device = pick_device(config.device, world.local_rank)

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import stat
 import subprocess
 import time
 import uuid
@@ -44,6 +45,36 @@ class RunFolder:
 
     def manifest(self, index: int) -> Path:
         return self.shards / f"{index:05d}.json"
+
+    @property
+    def unfinished(self) -> Path:
+        return self.path / "unfinished"
+
+    def journal(self, index: int, attempt: str) -> Path:
+        """Finished units of one attempt at a shard that is not published yet."""
+        return self.unfinished / f"{index:05d}.{attempt}.units"
+
+    def journals(self, index: int) -> list[Path]:
+        return sorted(self.unfinished.glob(f"{index:05d}.*.units"))
+
+    def lock(self, index: int) -> Path:
+        """Locked by the process that computes a shard."""
+        return self.unfinished / f"{index:05d}.lock"
+
+    @property
+    def failures(self) -> Path:
+        return self.path / "failures"
+
+    def failure(self, index: int, attempt: str) -> Path:
+        return self.failures / f"{index:05d}.{attempt}.json"
+
+    @property
+    def slurm(self) -> Path:
+        return self.path / "slurm"
+
+    def submission(self, number: int) -> Path:
+        """Everything about one submission to Slurm: configuration, sbatch texts, job ids, logs."""
+        return self.slurm / f"{number:04d}"
 
     @property
     def store(self) -> Path:
@@ -98,9 +129,9 @@ class RunFolder:
         )
 
     def create(self) -> None:
-        """Make the folder, private to its owner. Raises InputError if that is impossible."""
+        """Make the folder, private to its owner. Raises InputError if that is impossible, or others may enter it."""
         try:
-            for folder in (self.path, self.shards, self.results, self.logs):
+            for folder in (self.path, self.shards, self.unfinished, self.failures, self.slurm, self.results, self.logs):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             probe = self.path / f".writable.{uuid.uuid4().hex}"
             probe.touch()
@@ -109,6 +140,7 @@ class RunFolder:
             raise InputError(
                 f"run = {self.path}: cannot be written ({error.filename}: {error.strerror}); set run to another folder"
             ) from error
+        check_private(self.path)
 
     def record_config(self, config: Config, sections: tuple[str, ...] = (), **digests: str) -> None:
         """Publish config.yaml as resolved, with digests and the code's revision.
@@ -131,6 +163,18 @@ class RunFolder:
         values[RECORDED] = recorded
         with publish(self.config) as temporary:
             temporary.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+
+def check_private(folder: Path) -> None:
+    """InputError unless only we can enter a folder: what lies in it is executed."""
+    status = folder.stat()
+    if status.st_uid != os.getuid():
+        raise InputError(f"{folder}: belongs to user {status.st_uid}, not to us; use a run folder of your own")
+    if mode := stat.S_IMODE(status.st_mode) & 0o077:
+        raise InputError(
+            f"{folder}: open to others (mode {stat.S_IMODE(status.st_mode):04o}, {mode:03o} too much); "
+            f"check what is in it, then `chmod 700 {folder}`"
+        )
 
 
 @contextmanager
@@ -192,6 +236,52 @@ def exclusive(folder: Path, patience: float = 5.0) -> Iterator[None]:
                     raise InputError(f"{folder}: another process is writing it; wait for it, or end it") from error
                 time.sleep(0.1)
         yield
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Hold a lock file for the block, deleted after it; False if another process, on any node, holds it.
+
+    The kernel gives a lock back however its holder ends. True on a file system without locks: then work may be done
+    twice, which publishing by rename makes harmless.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with path.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            except OSError:
+                yield True
+                return
+            if not _is_open_at(path, file.fileno()):
+                continue  # its last holder deleted it between our open and our lock
+            try:
+                yield True
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def is_claimed(path: Path) -> bool:
+    """Whether some process holds a lock file."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _is_open_at(path: Path, descriptor: int) -> bool:
+    try:
+        return path.stat().st_ino == os.fstat(descriptor).st_ino
+    except FileNotFoundError:
+        return False
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

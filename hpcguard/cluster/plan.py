@@ -33,6 +33,9 @@ class Plan:
     def num_shards(self) -> int:
         return len(self.bounds) - 1
 
+    def num_units(self, index: int) -> int:
+        return -(-(self.bounds[index + 1] - self.bounds[index]) // self.unit)
+
     def shard_ids(self, index: int, ids: np.ndarray) -> np.ndarray:
         """Ids of one shard out of all ascending ids."""
         return ids[self.bounds[index] : self.bounds[index + 1]]

@@ -109,24 +109,37 @@ class Place:
 
 
 def torch_rank() -> Place | None:
-    """This process's place if torchrun, deepspeed, slurm/refine.sh or hpcguard started it as one of several.
+    """This process's place if torchrun, deepspeed, srun or hpcguard started it as one of several.
 
     Raises InputError if only some of the five variables are there, for torch and DeepSpeed would guess the rest, and
     under a launcher that sets none of them, where each process would train alone in the same folder.
     """
     present = [mark for mark in TORCH_MARKS if mark in os.environ]
+    if not present and int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1 and "SLURM_PROCID" in os.environ:
+        os.environ.update(_ranks_of_srun())
+        present = list(TORCH_MARKS)
     if not present:
-        tasks = int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+        tasks = int(os.environ.get("OMPI_COMM_WORLD_SIZE") or 1)
         if tasks > 1:
-            raise InputError(
-                f"one of {tasks} tasks of mpiexec or srun without {', '.join(TORCH_MARKS)}: set them "
-                "as slurm/refine.sh does, or use torchrun"
-            )
+            raise InputError(f"one of {tasks} tasks of mpiexec without {', '.join(TORCH_MARKS)}: use srun or torchrun")
         return None
     if len(present) < len(TORCH_MARKS):
         missing = ", ".join(mark for mark in TORCH_MARKS if mark not in present)
         raise InputError(f"{', '.join(present)} set in the environment but not {missing}: set all five, or none")
     return Place(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
+
+
+def _ranks_of_srun() -> dict[str, str]:
+    """torch's five variables from srun's own; rank 0 listens on the step's first node."""
+    nodes = ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]]
+    first = subprocess.run(nodes, capture_output=True, text=True, timeout=60, check=True).stdout.split()[0]
+    return {
+        "RANK": os.environ["SLURM_PROCID"],
+        "WORLD_SIZE": os.environ["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+        "MASTER_ADDR": first,
+        "MASTER_PORT": str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000),  # two jobs on one node must not meet
+    }
 
 
 def start_as_rank() -> None:

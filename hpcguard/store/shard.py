@@ -1,8 +1,8 @@
-"""One shard: rows gathered unit by unit, written aside, verified, published by rename, its manifest last."""
+"""One shard: its units joined, written aside, verified, published by rename, its manifest last."""
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +11,29 @@ import numpy as np
 
 from hpcguard.errors import InputError
 from hpcguard.runs import digest_arrays, digest_file, publish, read_json, write_json
+from hpcguard.store.journal import Unit
 from hpcguard.store.schema import CHUNK_ROWS, COLUMN, COLUMNS, SCHEMA_VERSION, rows_problem
 
 
 class ShardWriter:
-    """Gathers rows in memory and publishes them as one HDF5 file and one JSON manifest.
-
-    A shard's rows are small (about 1 KiB at 32x32) and the widest segment axis is known only at the end, so nothing
-    touches the disk before `publish`; a process killed earlier leaves nothing behind that could be mistaken for data.
-    """
+    """Publishes the units of one shard as one HDF5 file and one JSON manifest."""
 
     def __init__(self, path: Path, manifest: Path, fingerprint: str, segments_dtype: str = "u2") -> None:
         self.path, self.manifest, self.fingerprint, self.segments_dtype = path, manifest, fingerprint, segments_dtype
-        self.started = time.time()
-        self._units: list[dict[str, np.ndarray]] = []
 
-    def append(self, rows: Mapping[str, np.ndarray]) -> None:
-        """Add the rows of one unit: every column of the schema."""
-        self._units.append(dict(rows))
+    def publish(self, ids: np.ndarray, units: Sequence[Unit], **details: Any) -> dict[str, Any]:
+        """Write, read back, compare, rename; returns the manifest. An OSError or RuntimeError publishes nothing.
 
-    def publish(self, ids: np.ndarray, **details: Any) -> dict[str, Any]:
-        """Write, read back, compare, rename; returns the manifest. An OSError or RuntimeError publishes nothing."""
-        rows = _join(self._units)
+        ids: the planned ones; every one of them has a row, or is quarantined in its unit.
+        """
+        quarantined = {image: why for unit in units for image, why in unit.quarantined.items()}
+        if len(quarantined) == len(ids):
+            raise RuntimeError(f"{self.path.name}: none of its images could be explained: {quarantined[int(ids[0])]}")
+        rows = _join([unit.rows for unit in units if unit.rows])
         if problem := rows_problem(rows):
             raise RuntimeError(f"{self.path.name}: refused to publish: {problem}")
-        if not np.array_equal(rows["image_id"], ids):
+        kept = without(ids, quarantined)
+        if not np.array_equal(rows["image_id"], kept):
             raise RuntimeError(f"{self.path.name}: refused to publish: rows are not those of the planned image ids")
         with publish(self.path) as temporary:
             write_rows(temporary, rows, self.fingerprint, self.segments_dtype)
@@ -47,15 +45,23 @@ class ShardWriter:
             "file": self.path.name,
             "sha256": digest,
             "fingerprint": self.fingerprint,
-            "rows": len(ids),
-            "ids_sha256": digest_arrays(ids),
+            "rows": len(kept),
+            "ids_sha256": digest_arrays(kept),
+            "quarantined": [{"image": image, "why": why} for image, why in quarantined.items()],
             "columns": {name: [array.dtype.str, list(array.shape)] for name, array in rows.items()},
-            "seconds": round(time.time() - self.started, 3),
+            "seconds": round(sum(unit.seconds for unit in units), 3),
+            "batch_size": min((unit.batch_size for unit in units if unit.batch_size), default=None),
+            "published": round(time.time(), 3),
             "host": os.uname().nodename,
             **details,
         }
         write_json(self.manifest, manifest)
         return manifest
+
+
+def without(ids: np.ndarray, quarantined: Iterable[int]) -> np.ndarray:
+    """The ids that are not quarantined, in their order."""
+    return ids[~np.isin(ids, np.fromiter(quarantined, np.int64))]
 
 
 def write_rows(path: Path, rows: Mapping[str, np.ndarray], fingerprint: str, segments_dtype: str = "u2") -> None:
@@ -96,20 +102,31 @@ def _read_back_problem(path: Path, rows: Mapping[str, np.ndarray]) -> str | None
     return None
 
 
-def shard_problem(path: Path, manifest: Path, ids: np.ndarray, fingerprint: str) -> str | None:
-    """Why a shard cannot be used, or None: file and manifest there, digest right, planned ids, sound rows."""
+def shard_problem(path: Path, manifest: Path, ids: np.ndarray, fingerprint: str, values: bool = True) -> str | None:
+    """Why a shard cannot be used, or None: file and manifest there, digest right, planned ids, sound rows.
+
+    values=False leaves out the rows: they were sound when the digest was taken.
+    """
     if not manifest.is_file() or not path.is_file():
         return "missing" if not path.is_file() else "its manifest is missing"
     try:
         recorded = read_json(manifest, "the shard will be redone")
-    except InputError as error:
+        quarantined = [entry["image"] for entry in recorded.get("quarantined", [])]
+    except (InputError, TypeError, KeyError) as error:
         return str(error)
     if recorded.get("fingerprint") != fingerprint:
         return "made by another plan"
-    if recorded.get("ids_sha256") != digest_arrays(ids):
+    if recorded.get("schema") != SCHEMA_VERSION:
+        return f"has schema {recorded.get('schema')}, this hpcguard writes {SCHEMA_VERSION}"
+    if recorded.get("ids_sha256") != digest_arrays(without(ids, quarantined)):
         return "holds other image ids than planned"
     if recorded.get("sha256") != digest_file(path):
         return "its bytes differ from the manifest's digest"
+    return values_problem(path) if values else None
+
+
+def values_problem(path: Path) -> str | None:
+    """What is wrong with a shard's rows, or None."""
     try:
         with h5py.File(path, "r") as file:
             if file.attrs.get("schema") != SCHEMA_VERSION:
@@ -117,3 +134,8 @@ def shard_problem(path: Path, manifest: Path, ids: np.ndarray, fingerprint: str)
             return rows_problem({name: file[name][:] for name in COLUMN})
     except (OSError, KeyError) as error:
         return f"unreadable ({error})"
+
+
+def unit_problem(rows: Mapping[str, np.ndarray]) -> str | None:
+    """What is wrong with the rows of one unit as they will be stored, or None."""
+    return rows_problem({column.name: np.asarray(rows[column.name]).astype(column.dtype) for column in COLUMNS})

@@ -16,7 +16,6 @@ import pytest
 import torch
 import yaml
 
-from hpcguard.attribute import attribute_shard, segmenters
 from hpcguard.attribution import LimeConfig, ahead
 from hpcguard.attribution.ahead import BLOCKS_AHEAD, Block, segmented_ahead
 from hpcguard.attribution.segments import segment_image
@@ -26,6 +25,7 @@ from hpcguard.config import Config, ModelConfig, load_config
 from hpcguard.data import load_images
 from hpcguard.models import build_model
 from hpcguard.runs import digest_file
+from hpcguard.shards import ShardTask, segmenters
 
 MakeConfig = Callable[..., Path]
 SIZES = (3, 1, 4, 2, 5, 1)
@@ -143,8 +143,8 @@ def test_a_shard_has_the_same_bytes_with_and_without(stage: Callable[..., Path])
         identity = attribution_identity(config, images, digest_file(config.model.weights))
         plan = make_plan(images.ids, 8, 2, identity)
         units: list[int] = []
-        attribute_shard(config, plan, 1, 0, units.append)
-        assert units == [1, 1, 1]
+        ShardTask(config, plan, 1, "test")(1, 0, units.append)
+        assert units == [0, 1, 1, 1]
         shards.append((config.run / "shards/00001.h5").read_bytes())
     assert shards[0] == shards[1]
 
@@ -198,7 +198,7 @@ def test_a_killed_process_is_warned_of_and_changes_nothing(own: Callable[[str], 
 def test_how_many_segment() -> None:
     def of(device: str, **settings: object) -> int:
         config = Config(attribution={"segmentation": settings.pop("segmentation", "slic")}, cluster=settings)
-        return segmenters(config, device, 3)
+        return segmenters(config, min(config.cluster.workers, config.cluster.shards), device, 3)
 
     cores = len(os.sched_getaffinity(0))
     assert cores_of_a_worker(1) == cores

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpcguard.cluster.local import Outcome, Report, run_local
+from hpcguard.cluster.failures import Problem
+from hpcguard.cluster.local import Events, Outcome, Report, run_local
 from hpcguard.errors import InputError
 
 
@@ -34,9 +35,12 @@ def task(folder: Path, item: str, slot: int, report: Report) -> None:
 
 def run(folder: Path, items: list[str], workers: int = 2) -> tuple[Outcome, list[tuple[str, int]]]:
     progress: list[tuple[str, int]] = []
-    outcome = run_local(
-        partial(task, folder), items, workers, 1, 2, lambda item, n: progress.append((item, n)), lambda *_: None
+    events = Events(
+        progress=lambda item, n: progress.append((item, n)),
+        end=lambda *_: None,
+        restart=lambda item, problem: progress.append((item, 0)),
     )
+    outcome = run_local(partial(task, folder), items, workers, 1, 2, events)
     return outcome, progress
 
 
@@ -55,7 +59,9 @@ def test_all_items_are_done_by_at_most_so_many_workers(tmp_path: Path) -> None:
 def test_an_error_fails_its_item_only_and_is_not_repeated(tmp_path: Path) -> None:
     outcome, _ = run(tmp_path, ["error", "a", "b"])
     assert sorted(outcome.done) == ["a", "b"]
-    assert "ValueError: this item is broken" in outcome.failed["error"]
+    problem = outcome.failed["error"]
+    assert (problem.kind, problem.message) == ("error", "ValueError: this item is broken")
+    assert "test_local.py" in problem.tail
     assert len((tmp_path / "error.starts").read_text().splitlines()) == 1
 
 
@@ -68,7 +74,7 @@ def test_a_killed_worker_is_replaced_and_its_item_tried_again(tmp_path: Path) ->
 def test_an_item_that_always_kills_its_worker_fails_alone(tmp_path: Path) -> None:
     outcome, _ = run(tmp_path, ["killed9", "a", "b"])
     assert sorted(outcome.done) == ["a", "b"]
-    assert outcome.failed == {"killed9": "the worker process was killed by signal 9"}
+    assert outcome.failed == {"killed9": Problem("killed", "the worker process was killed by signal 9")}
     assert len((tmp_path / "killed9.starts").read_text().splitlines()) == 2
 
 

@@ -12,7 +12,7 @@ from hpcguard.config import DataConfig
 from hpcguard.data import load_images
 from hpcguard.errors import InputError
 from hpcguard.runs import digest_file, read_json, write_json
-from hpcguard.store import AttributionDataset, ShardWriter, build_view, open_rows, shard_problem, view_problem
+from hpcguard.store import AttributionDataset, ShardWriter, Unit, build_view, open_rows, shard_problem, view_problem
 from hpcguard.store.schema import COLUMN
 
 
@@ -35,9 +35,7 @@ def make_rows(ids: np.ndarray, segments: int, seed: int = 0) -> dict[str, np.nda
 def write(folder: Path, index: int, ids: np.ndarray, segments: int = 5) -> tuple[Path, Path]:
     path, manifest = folder / f"shards/{index}.h5", folder / f"shards/{index}.json"
     writer = ShardWriter(path, manifest, "print")
-    for unit in np.array_split(ids, 2):
-        writer.append(make_rows(unit, segments))
-    writer.publish(ids)
+    writer.publish(ids, [Unit(make_rows(unit, segments), 1.5) for unit in np.array_split(ids, 2)])
     return path, manifest
 
 
@@ -58,9 +56,7 @@ def test_a_shard_reads_back_in_the_types_of_the_schema(tmp_path: Path) -> None:
 
 def test_units_of_different_width_are_padded_with_nan(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path / "0.h5", tmp_path / "0.json", "print")
-    writer.append(make_rows(np.arange(3), 4))
-    writer.append(make_rows(np.arange(3, 6), 6))
-    writer.publish(np.arange(6))
+    writer.publish(np.arange(6), [Unit(make_rows(np.arange(3), 4), 1.5), Unit(make_rows(np.arange(3, 6), 6), 1.5)])
     coefficients = open_rows(tmp_path / "0.h5", ["coefficients"])["coefficients"]
     assert coefficients.shape == (6, 2, 6)
     assert np.isnan(coefficients[:3, :, 4:]).all()
@@ -109,9 +105,8 @@ def test_impossible_rows_are_never_published(tmp_path: Path, column: str, value:
     rows = make_rows(ids, 5)
     rows[column].reshape(-1)[0] = value
     writer = ShardWriter(tmp_path / "0.h5", tmp_path / "0.json", "print")
-    writer.append(rows)
     with pytest.raises(RuntimeError, match=reason):
-        writer.publish(ids)
+        writer.publish(ids, [Unit(rows, 1.5)])
     assert not list(tmp_path.iterdir())
 
 
@@ -120,9 +115,8 @@ def test_labels_that_do_not_fit_eight_bits_are_not_published(tmp_path: Path) -> 
     rows = make_rows(ids, 300)
     rows["segments"][0, 0, 0] = 298
     writer = ShardWriter(tmp_path / "0.h5", tmp_path / "0.json", "print", segments_dtype="u1")
-    writer.append(rows)
     with pytest.raises(RuntimeError, match="segments differs"):
-        writer.publish(ids)
+        writer.publish(ids, [Unit(rows, 1.5)])
     assert not list(tmp_path.iterdir())
 
 

@@ -1,0 +1,145 @@
+"""After the arrays: decide what becomes of shards that are missing, each by what happened to it."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from hpcguard.cluster import slurm
+from hpcguard.cluster.dispatch import SUBMITTED_AGAIN, Task, describe, submit
+from hpcguard.cluster.failures import Failure, Kind, read_failures, record
+from hpcguard.cluster.submission import Submission, last_task, read_submissions, rounds, shards_in_queue
+from hpcguard.config import ClusterConfig, Config
+from hpcguard.progress import say
+from hpcguard.runs import RunFolder, exclusive, write_json
+
+ENDS: dict[str, Kind] = {
+    "OUT_OF_MEMORY": "out-of-memory",
+    "TIMEOUT": "time-out",
+    "NODE_FAIL": "node-failure",
+    "PREEMPTED": "pre-empted",
+    "CANCELLED": "cancelled",
+}  # of a task that could tell of nothing itself, by Slurm's state; any other was killed
+
+
+def settle(config: Config, run: RunFolder, problems: dict[int, str], number: int, task: Task) -> int:
+    """Look after what a submission left: submit again what may be, give the rest up; the stage's exit status.
+
+    problems: why each missing shard cannot be used.
+    """
+    submissions = read_submissions(run)
+    own = submissions[[submission.number for submission in submissions].index(number)]
+    if not problems:
+        return _end(own, "complete", [])
+    with exclusive(run.slurm):
+        queue = slurm.queue_of(run.path)
+        alive = shards_in_queue(submissions, queue)
+        missing = [shard for shard in problems if shard not in alive]
+        states = _record_ends(run, submissions, missing)
+        held = {shard: rounds(submissions, shard) for shard in missing}
+        decision = decide(missing, read_failures(run), states, held, config.cluster)
+        if own.stopped.exists():
+            decision = Decision({}, {shard: decision.given_up.get(shard, "stopped early") for shard in missing})
+        why = [f"shard {shard:05d}: {problems[shard]}: {reason}" for shard, reason in decision.given_up.items()]
+        if not decision.again and not alive:
+            return _end(own, "gave up", why)
+        waiting_ids = {job.id for job in queue if job.state == "PENDING"}
+        waiting = [job for job in own.jobs if job.kind not in ("attribute", "consolidate") and job.job in waiting_ids]
+        waits_for = sorted({job.id for job in alive.values()})
+        new = submit(config, run, decision.again, task, False, waits_for, waiting)
+    for line in describe(new):
+        say(line)
+    return _end(own, "submitted again", why, new.number)
+
+
+def _end(own: Submission, state: str, why: list[str], following: int | None = None) -> int:
+    write_json(own.settled, {"state": state, "why": why, "next": following, "time": time.time()})
+    say(f"attribute: submission {own.number}: {state}")
+    for line in why:
+        say(f"  {line}")
+    if state == "gave up":
+        say("  mend the cause, then `hpcguard retry` this run folder; jobs that wait for these shards are cancelled")
+    return {"complete": 0, "submitted again": SUBMITTED_AGAIN, "gave up": 1}[state]
+
+
+def _record_ends(run: RunFolder, submissions: Sequence[Submission], missing: Sequence[int]) -> dict[int, str]:
+    """Slurm's state of each shard's last task; a record of those that began and ended without a word of their own."""
+    tasks = {shard: task for shard in missing if (task := last_task(submissions, shard))}
+    states = slurm.states(sorted(set(tasks.values())))
+    failures = read_failures(run)
+    for shard, task in tasks.items():
+        begun = [path.name.split(".", 1)[1].removesuffix(".units") for path in run.journals(shard)]
+        begun = [attempt for attempt in begun if attempt.startswith(f"{task}.r")]
+        # An attempt is JOB.rRESTARTS.HOST-..., and that of a record may say more behind the host.
+        if not begun or any(f.shard == shard and f.attempt.startswith(begun[-1].rsplit("-", 1)[0]) for f in failures):
+            continue
+        state = states.get(task, "unknown")
+        kind = ENDS.get(state, "killed")
+        before = any(failure.shard == shard and failure.kind == "out-of-memory" for failure in failures)
+        attempt = begun[-1]
+        # Out of memory is answered by smaller batches first, and is final the second time: then by more memory.
+        record(run, Failure(
+            shard, attempt, kind, kind == "out-of-memory" and before, f"its task ended without a word (Slurm: {state})",
+            host=attempt.split(".")[2].rsplit("-", 1)[0], job=task, log=_log(submissions, task),
+            memory_gb=slurm.memory_gb(task),
+        ))  # fmt: skip
+    return {shard: states[task] for shard, task in tasks.items() if task in states}
+
+
+def _log(submissions: Sequence[Submission], task: str) -> str | None:
+    found = [path for submission in submissions if (path := submission.folder / f"{task}_0_log.err").exists()]
+    return str(found[-1]) if found else None
+
+
+@dataclass
+class Decision:
+    """What to do about the missing shards."""
+
+    again: dict[int, float | None] = field(default_factory=dict)  # shard: memory in GiB
+    given_up: dict[int, str] = field(default_factory=dict)  # shard: why
+
+
+def decide(
+    missing: Sequence[int],
+    failures: Sequence[Failure],
+    states: dict[int, str],
+    rounds: dict[int, int],
+    config: ClusterConfig,
+) -> Decision:
+    """Which missing shards to submit again, and with what memory; pure.
+
+    failures: those that nobody has forgiven. states: Slurm's last word on each shard's task, where it is known.
+    rounds: submissions that held the shard since it was last forgiven.
+    """
+    decision = Decision()
+    for shard in missing:
+        own = [failure for failure in failures if failure.shard == shard]
+        verdict = _one(own, states.get(shard, ""), rounds.get(shard, 0), config)
+        if isinstance(verdict, str):
+            decision.given_up[shard] = verdict
+        else:
+            decision.again[shard] = verdict
+    return decision
+
+
+def _one(own: Sequence[Failure], state: str, rounds: int, config: ClusterConfig) -> float | str | None:
+    """The memory to try a shard with, or why not."""
+    final = [failure for failure in own if failure.final]
+    errors = [failure for failure in final if failure.kind in ("error", "time-out", "unknown")]
+    if errors:
+        return errors[-1].message
+    if state == "CANCELLED" and not final:
+        return "its job was cancelled"
+    base = config.slurm.attribute.memory_gb
+    if rounds > config.slurm.rounds:
+        last = own[-1].message if own else f"Slurm says {state}" if state else "nothing is known of its end"
+        return f"missing after {rounds} submissions; the last: {last}"
+    exhausted = sum(failure.kind == "out-of-memory" and failure.final for failure in own)
+    if not exhausted:
+        return base
+    known = max([failure.memory_gb or 0.0 for failure in own] + [base or 0.0])
+    if not known:
+        return f"{final[-1].message}; set cluster.slurm.attribute.memory_gb"
+    largest = config.slurm.max_memory_gb or 4 * (base or known)
+    if known >= largest:
+        return f"{final[-1].message} with {known:g} GiB; raise cluster.slurm.max_memory_gb"
+    return min(2 * known, largest)
