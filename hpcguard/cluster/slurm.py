@@ -13,6 +13,7 @@ from hpcguard.cluster.environment import job_environment
 from hpcguard.errors import InputError
 
 SECONDS, SBATCH_SECONDS = 30.0, 60.0
+GIB = {"K": 2.0**20, "M": 2.0**10, "G": 1.0, "T": 2.0**-10}  # units of memory in one GiB
 UNIT, RECORD = "\x1f", "\x1e"  # ASCII's own separators; names and comments may hold anything else, even line breaks
 FORMAT = UNIT.join(("%i", "%F", "%K", "%T", "%r", "%j", "%k")) + RECORD
 SILENT = re.compile(
@@ -133,6 +134,40 @@ def own_job() -> str | None:
 def restarts() -> int:
     """How often Slurm has started this job again."""
     return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+
+
+def was_preempted(job: str) -> bool:
+    """Whether another job is taking this one's nodes."""
+    return _detail(job, r"\bPreemptTime=(\d\S*)") is not None
+
+
+def memory_gb(job: str) -> float | None:
+    """Memory in GiB that a job has on each node, as long as Slurm remembers it."""
+    found = _detail(job, r"\bTRES=\S*\bmem=([\d.]+[KMGT])")
+    return None if found is None else float(found[:-1]) / GIB[found[-1]]
+
+
+def own_memory_gb() -> float | None:
+    """Memory in GiB that this job has on each node, where it has a limit."""
+    given = os.environ.get("SLURM_MEM_PER_NODE", "")
+    return int(given) / 1024 if given.isdigit() and int(given) else None
+
+
+def node_is_down(host: str) -> bool:
+    """Whether Slurm takes a node for lost; False for one that it does not know."""
+    try:
+        state = _ask("sinfo", "--noheader", "--nodes", host, "-o", "%T").stdout
+    except InputError:
+        return False
+    return state.startswith(("down", "fail", "unknown"))
+
+
+def _detail(job: str, pattern: str) -> str | None:
+    try:
+        found = re.search(pattern, _ask("scontrol", "show", "job", job).stdout)
+    except InputError:
+        return None
+    return found[1] if found else None
 
 
 def _squeue(*options: str) -> list[QueuedJob]:
