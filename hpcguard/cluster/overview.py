@@ -90,8 +90,8 @@ def shard_problem(plan: Plan, index: int, published: Published | str | None, fil
     if published.fingerprint != plan.fingerprint:
         return "made by another plan"
     planned = plan.bounds[index + 1] - plan.bounds[index]
-    if published.rows not in (planned, planned - len(published.quarantined)):
-        return f"holds {published.rows} rows, {planned} are planned"
+    if published.rows + len(published.quarantined) != planned:
+        return f"holds {published.rows} rows and {len(published.quarantined)} quarantined, {planned} are planned"
     return None
 
 
