@@ -304,9 +304,14 @@ def test_a_cancelled_dependant_is_shown_with_why(
     cluster.run(f"scancel {refine}")
     cluster.wait_for(lambda: cluster.state(refine) == "CANCELLED")
     shown = text(folder, capsys)
-    assert f"refine {refine}: 1 CANCELLED: 2 shards failed: error" in shown
+    assert f"refine {refine}: 1 CANCELLED: stopped early: 3 equal errors" in shown
     assert "submission 0001: gave up" in shown
-    assert "stopped early: 3 equal errors" in shown
+    assert "2 shards failed: error" in shown
+    (path / "stopped.json").unlink()
+    write_json(path / "settled.json", {"state": "gave up", "why": [f"shard {k}" for k in range(99)], "next": None})
+    shown = text(folder, capsys)
+    assert f"refine {refine}: 1 CANCELLED: shard 0\n" in shown
+    assert "... and 91 more" in shown
 
 
 def test_a_finished_run_of_the_real_writers(tmp_path: Path, attributed: Path, folder: RunFolder, look: Any) -> None:

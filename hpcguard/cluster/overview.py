@@ -282,9 +282,9 @@ def recent_submissions(submissions: Sequence[Submission]) -> Sequence[Submission
 
 def _submission(evidence: Evidence, submission: Submission) -> dict[str, Any]:
     settled = submission.settled
-    why = [str(line) for line in settled.get("why", [])]
-    if submission.stopped:
-        why.append(f"stopped early: {submission.stopped.get('why')}")
+    # What stopped the arrays comes first: the shards given up may be many, and for that reason.
+    why = [f"stopped early: {submission.stopped.get('why')}"] if submission.stopped else []
+    why += [str(line) for line in settled.get("why", [])]
     return {
         "number": submission.number,
         "settled": settled.get("state"),

@@ -11,6 +11,7 @@ from rich.text import Text
 State = Mapping[str, Any]
 MOST_MISSING = 20
 MOST_NAMED = 3
+MOST_WHY = 8
 
 
 def draw(state: State) -> Group:
@@ -90,8 +91,10 @@ def _slurm_lines(slurm: State) -> Iterator[tuple[str, str]]:
         if submission["next"] is not None:
             then += f" as {submission['next']:04d}"
         yield "jobs", f"submission {submission['number']:04d}{': ' if then else ''}{then}"
-        for line in (*submission["why"], *submission["problems"]):
+        for line in (*submission["why"][:MOST_WHY], *submission["problems"]):
             yield "", f"  {line}"
+        if (more := len(submission["why"]) - MOST_WHY) > 0:
+            yield "", f"  ... and {more} more"
         for job in submission["jobs"]:
             yield "", f"  {_job(job, submission['why'])}"
 
