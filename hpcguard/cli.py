@@ -17,7 +17,9 @@ from hpcguard.cluster.ranks import end_world, rank_name, tell_fault
 from hpcguard.config import describe_keys, load_config
 from hpcguard.errors import InputError
 
-STAGES = ("attribute", "consolidate", "refine", "evaluate", "report", "status")
+STAGES = ("attribute", "consolidate", "refine", "evaluate", "report", "status", "cancel")
+ALIASES = {"retry": ("attribute", ["--retry"])}
+ALIAS_HELP = {"retry": "Try the shards that have failed again: attribute --retry."}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,10 +28,14 @@ def main(arguments: list[str] | None = None) -> int:
     if given and given[0] in ("-V", "--version"):
         print(f"hpcguard {__version__}")
         return 0
+    if given and given[0] in ALIASES:
+        stage, options = ALIASES[given[0]]
+        return run_stage(stage, [*given[1:], *options])
     names = list(itertools.takewhile(STAGES.__contains__, given))
     if names:
         return _run_in_order(names, given[len(names) :])
     lines = [f"  {name:<12} {_summary(_stage(name))}" for name in STAGES]
+    lines += [f"  {name:<12} {ALIAS_HELP[name]}" for name in ALIASES]
     usage = "\n".join(
         ["usage: hpcguard STAGE [STAGE ...] CONFIG.yaml [section.key=value ...]", "", "Stages, in their order:", *lines]
     )
@@ -37,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given and given[0] in ("-h", "--help"):
         print(usage)
         return 0
-    wrong = f"{given[0]!r} is no stage: one of {', '.join(STAGES)}" if given else usage
+    wrong = f"{given[0]!r} is no stage: one of {', '.join([*STAGES, *ALIASES])}" if given else usage
     print(f"hpcguard: {wrong}" if given else wrong, file=sys.stderr)
     return 2
 

@@ -1,61 +1,132 @@
-"""Show what a run folder holds: shards, store, arms, results, report.
+"""Show what a run folder holds and what runs of it: shards, jobs, failures, speed, store, arms, report.
 
-Looks at manifests and names only, so it is quick on any run; `consolidate` is what verifies bytes. Unknown is shown as
-unknown, never as done.
+Looks at manifests, records and Slurm's queue only, so it is quick on any run, from any shell that sees the folder;
+`consolidate` is what verifies bytes. Unknown is shown as unknown, never as done.
 """
 
 import argparse
 import json
+import math
+import sys
+import time
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.live import Live
 
+from hpcguard.cluster.evidence import Watcher, log_tail
+from hpcguard.cluster.overview import UNKNOWN, shard_states, summarise
 from hpcguard.cluster.plan import read_plan
 from hpcguard.config import Config
 from hpcguard.errors import InputError
+from hpcguard.progress import say
+from hpcguard.reporting.terminal import draw, one_line
 from hpcguard.runs import RunFolder, read_json
 
-EXAMPLE = ("python -m hpcguard.status runs/quickstart", "python -m hpcguard.status configs/quickstart.yaml --json")
+EXAMPLE = (
+    "python -m hpcguard.status runs/quickstart",
+    "python -m hpcguard.status runs/quickstart --watch",
+    "python -m hpcguard.status configs/quickstart.yaml --json",
+)
 SECTIONS = ("run",)
+WATCH_S = 5.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    how.add_argument(
+        "--watch", nargs="?", type=_seconds, const=WATCH_S, metavar="SECONDS",
+        help=f"look again every so many seconds (default {WATCH_S:g}) until nothing runs, or Ctrl-C",
+    )  # fmt: skip
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0.1 <= seconds <= 86400:
+        raise argparse.ArgumentTypeError(f"{text!r}: write seconds from 0.1 to 86400, or RUN before --watch")
+    return seconds
 
 
 def run(config: Config, arguments: argparse.Namespace) -> int:
     folder = RunFolder(config.run)
     if not folder.path.is_dir():
         raise InputError(f"run = {folder.path}: no such folder; `python -m hpcguard.attribute` makes it")
-    state = {
-        "run": str(folder.path),
-        "shards": _shards(folder),
+    watcher = Watcher(folder)
+    if arguments.watch:
+        state = _watch(config, watcher, arguments.watch)
+    else:
+        state = _look(config, watcher)
+    if arguments.json:
+        print(json.dumps(state))
+    else:
+        Console(soft_wrap=True, highlight=False).print(draw(state))
+    return 0
+
+
+def _look(config: Config, watcher: Watcher) -> dict[str, Any]:
+    folder = watcher.folder
+    state: dict[str, Any] = {"run": str(folder.path), **_shards(watcher)}
+    for example in state.get("failing", ()):
+        if example["log"] and not example["tail"]:  # a killed process leaves no traceback
+            example["tail"] = log_tail(folder.path / example["log"])
+    return {
+        **state,
         "store": _store(folder),
         "arms": {arm: _arm(folder, arm) for arm in ["baseline", *config.arms()]},
         "report": str(folder.report) if folder.report.exists() else None,
     }
-    if arguments.json:
-        print(json.dumps(state))
-    else:
-        _show(state)
-    return 0
 
 
-def _shards(folder: RunFolder) -> dict[str, Any]:
-    if not folder.plan.exists():
-        return {"state": "not planned"}
+def _watch(config: Config, watcher: Watcher, seconds: float) -> dict[str, Any]:
+    """Show the run until nothing of it runs; the last state."""
+    console = Console(highlight=False)
+    state = _look(config, watcher)
+    idle = 0
     try:
-        plan = read_plan(folder.plan)
+        with Live(draw(state), console=console, auto_refresh=False, transient=True, screen=False) as live:
+            said = ""
+            while True:
+                idle = idle + 1 if _rests(state) else 0
+                if console.is_terminal:
+                    live.update(draw(state), refresh=True)
+                elif said != (line := one_line(state)):
+                    say(f"{time.strftime('%H:%M:%S')} {line}")
+                    said = line
+                # Between two shards a local run may hold no lock for a moment.
+                if idle > 1 or (idle and state["shards"]["state"] != "incomplete"):
+                    return state
+                time.sleep(seconds)
+                state = _look(config, watcher)
+    except KeyboardInterrupt:
+        return state
+
+
+def _rests(state: dict[str, Any]) -> bool:
+    """Whether nothing of the run is running or queued, as far as that is known."""
+    if "progress" not in state:
+        return True
+    return state["progress"]["running"] == 0 and state["slurm"]["jobs_in_queue"] == 0
+
+
+def _shards(watcher: Watcher) -> dict[str, Any]:
+    if not watcher.folder.plan.exists():
+        return {"shards": {"state": "not planned"}}
+    try:
+        evidence = watcher.look()
     except InputError as error:
-        return {"state": "unknown", "why": str(error)}
-    missing = [k for k in range(plan.num_shards) if not (folder.manifest(k).exists() and folder.shard(k).exists())]
-    done = plan.num_shards - len(missing)
-    return {
-        "state": "done" if not missing else "incomplete",
-        "planned": plan.num_shards, "done": done, "missing": missing, "images": plan.num_images,
+        return {"shards": {"state": UNKNOWN, "why": str(error)}}
+    states = shard_states(evidence)
+    missing = [index for index, state in states.items() if state != "done"]
+    shards = {
+        "state": "incomplete" if missing else "done",
+        "planned": len(states), "done": len(states) - len(missing), "missing": missing,
+        "images": evidence.plan.num_images,
     }  # fmt: skip
+    return {"shards": shards, **summarise(evidence)}
 
 
 def _store(folder: RunFolder) -> dict[str, Any]:
@@ -87,32 +158,7 @@ def _arm(folder: RunFolder, arm: str) -> dict[str, Any]:
     return state
 
 
-def _show(state: dict[str, Any]) -> None:
-    console = Console(soft_wrap=True)
-    shards, store = state["shards"], state["store"]
-    counts = f", {shards['done']} of {shards['planned']} ({shards['images']} images)" if "planned" in shards else ""
-    console.print(f"run     {state['run']}", highlight=False)
-    console.print(f"shards  {shards['state']}{counts}{_why(shards)}", highlight=False)
-    if shards.get("missing"):
-        console.print(f"        missing: {', '.join(map(str, shards['missing'][:20]))}", highlight=False)
-    console.print(f"store   {store['state']}{_why(store)}", highlight=False)
-    table = Table("arm", "trained", "epochs", "accuracy", box=box.SIMPLE)
-    for arm, row in state["arms"].items():
-        accuracy = row["accuracy"]
-        if isinstance(accuracy, dict):
-            accuracy = ", ".join(f"{name} {value:.1%}" for name, value in accuracy.items())
-        table.add_row(arm, "yes" if row["trained"] else "no", str(row["epochs_done"]), accuracy or "not measured")
-    console.print(table)
-    console.print(f"report  {state['report'] or 'not written'}", highlight=False)
-
-
-def _why(part: dict[str, Any]) -> str:
-    return f": {part['why']}" if "why" in part else ""
-
-
 if __name__ == "__main__":
-    import sys
-
     from hpcguard.cli import run_stage
 
     sys.exit(run_stage("status"))

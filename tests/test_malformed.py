@@ -15,7 +15,7 @@ import torch
 import yaml
 from PIL import Image
 
-from hpcguard.cli import main, run_stage
+from hpcguard.cli import STAGES, main, run_stage
 
 
 class Case:
@@ -360,7 +360,7 @@ def test_the_command_names_its_stages(capsys: pytest.CaptureFixture[str]) -> Non
     assert "Explain every training image" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("stage", ["attribute", "consolidate", "refine", "evaluate", "report", "status"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_help_shows_what_an_example_and_the_keys(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         run_stage(stage, ["--help"])

@@ -2,15 +2,17 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hpcguard.config import Config
-from hpcguard.data import ImageSet
 from hpcguard.errors import InputError
 from hpcguard.plugins import source_file
 from hpcguard.runs import differences, digest_arrays, digest_file, digest_json, publish_json_once, read_json
+
+if TYPE_CHECKING:  # hpcguard.data imports torch, which takes seconds that `hpcguard status` need not wait
+    from hpcguard.data import ImageSet
 
 PLAN_SCHEMA = 1
 ATTRIBUTION_VERSION = 3  # raise it whenever the same settings give other stored values
@@ -46,7 +48,7 @@ class Plan:
         return [own[start : start + self.unit] for start in range(0, len(own), self.unit)]
 
 
-def attribution_identity(config: Config, images: ImageSet, weights_sha256: str) -> dict[str, Any]:
+def attribution_identity(config: Config, images: "ImageSet", weights_sha256: str) -> dict[str, Any]:
     """Everything that stored explanations depend on."""
     return {
         "version": ATTRIBUTION_VERSION,

@@ -1,0 +1,88 @@
+"""Cancel every job of a run that is still in Slurm's queue; what is published and journalled is kept.
+
+Only jobs whose comment is this run folder are touched. `python -m hpcguard.attribute` goes on from there later.
+"""
+
+import argparse
+from collections import Counter
+
+from hpcguard.cluster import slurm
+from hpcguard.cluster.overview import JOB_NAME
+from hpcguard.config import Config
+from hpcguard.errors import InputError
+from hpcguard.progress import say
+from hpcguard.runs import RunFolder
+
+EXAMPLE = ("python -m hpcguard.cancel runs/quickstart --dry-run", "python -m hpcguard.cancel runs/quickstart")
+SECTIONS = ("run",)
+ROUNDS = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="list the jobs; cancel none")
+
+
+def run(config: Config, arguments: argparse.Namespace) -> int:
+    folder = RunFolder(config.run)
+    if not folder.path.is_dir():
+        raise InputError(f"run = {folder.path}: no such folder; `python -m hpcguard.attribute` makes it")
+    jobs = _jobs(folder)
+    if not jobs:
+        say(f"cancel: no job of {folder.path} is in Slurm's queue")
+        return 0
+    _say_jobs(jobs)
+    if arguments.dry_run:
+        say(f"dry run: {_number(jobs)} of {folder.path} would be cancelled")
+        return 0
+    cancelled: set[str] = set()
+    for _ in range(ROUNDS):
+        # A job that looks after the arrays may be submitting more just now: look again.
+        new = [job for job in _jobs(folder) if job.array not in cancelled]
+        if not new:
+            break
+        slurm.cancel(order(new))
+        cancelled |= {job.array for job in new}
+    say(f"cancel: {_number(jobs)} of {folder.path} cancelled; `python -m hpcguard.attribute` would go on from there")
+    return 0
+
+
+def _jobs(folder: RunFolder) -> list[slurm.QueuedJob]:
+    return slurm.queue_of(folder.path)
+
+
+def order(jobs: list[slurm.QueuedJob]) -> list[str]:
+    """Ids of whole arrays, attribution last: a job that waits for its end would start, and submit the rest again."""
+    return [array for _, array in sorted({(_kind(job) == "attribute", job.array) for job in jobs})]
+
+
+def _say_jobs(jobs: list[slurm.QueuedJob]) -> None:
+    arrays: dict[str, list[slurm.QueuedJob]] = {}
+    for job in jobs:
+        arrays.setdefault(job.array, []).append(job)
+    for array, tasks in sorted(arrays.items(), key=lambda item: (len(item[0]), item[0])):
+        states = ", ".join(f"{number} {state}" for state, number in sorted(Counter(t.state for t in tasks).items()))
+        say(f"  {array:<9} {_kind(tasks[0]):<12} {_submission(tasks[0])}  {states}")
+
+
+def _kind(job: slurm.QueuedJob) -> str:
+    name = JOB_NAME.fullmatch(job.name)
+    return name[1] if name else job.name
+
+
+def _submission(job: slurm.QueuedJob) -> str:
+    name = JOB_NAME.fullmatch(job.name)
+    return f"submission {name[2]}" if name else ""
+
+
+def _number(jobs: list[slurm.QueuedJob]) -> str:
+    arrays = len({job.array for job in jobs})
+    tasks = f" ({len(jobs)} tasks)" if len(jobs) > arrays else ""
+    return f"{arrays} job{'s' if arrays > 1 else ''}{tasks}"
+
+
+if __name__ == "__main__":
+    import sys
+
+    from hpcguard.cli import run_stage
+
+    sys.exit(run_stage("cancel"))
