@@ -246,11 +246,16 @@ def claimed(path: Path) -> Iterator[bool]:
     twice, which publishing by rename makes harmless.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    looks = 3
     while True:
         with path.open("a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                looks -= 1
+                if looks:  # perhaps only is_claimed, which holds it for an instant
+                    time.sleep(0.05)
+                    continue
                 yield False
                 return
             except OSError:

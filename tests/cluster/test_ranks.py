@@ -1,9 +1,11 @@
 """Ranks: launching them, and refusing a world that is half described."""
 
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
+from slurm_cluster import Slurm
 
 from hpcguard.cluster import ranks
 from hpcguard.cluster.devices import pick_device
@@ -47,9 +49,17 @@ def test_devices() -> None:
             pick_device(name)
 
 
-@pytest.mark.parametrize("mark", ["OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
-def test_launchers_that_describe_no_torch_world_are_refused(monkeypatch: pytest.MonkeyPatch, mark: str) -> None:
+def test_launchers_that_describe_no_torch_world_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each task would train alone, all in one folder."""
-    monkeypatch.setenv(mark, "2")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     with pytest.raises(InputError, match="one of 2 tasks"):
         ranks.torch_rank()
+
+
+def test_tasks_of_srun_know_their_place(slurm: Slurm) -> None:
+    """Real tasks on two nodes: rank and size are srun's, all meet at the first node."""
+    look = "from hpcguard.cluster.ranks import torch_rank as t; import os; p = t(); " \
+        "print(p.rank, p.size, p.local_rank, os.environ['MASTER_ADDR'], os.environ['SLURMD_NODENAME'])"  # fmt: skip
+    command = shlex.join([sys.executable, "-c", look])
+    lines = slurm.run(f"srun --nodes 2 --ntasks-per-node 2 {command}", seconds=120).splitlines()
+    assert sorted(lines) == ["0 4 0 n0 n0", "1 4 1 n0 n0", "2 4 0 n1 n1", "3 4 1 n1 n1"]
