@@ -62,4 +62,4 @@ def test_tasks_of_srun_know_their_place(slurm: Slurm) -> None:
         "print(p.rank, p.size, p.local_rank, os.environ['MASTER_ADDR'], os.environ['SLURMD_NODENAME'])"  # fmt: skip
     command = shlex.join([sys.executable, "-c", look])
     lines = slurm.run(f"srun --nodes 2 --ntasks-per-node 2 {command}", seconds=120).splitlines()
-    assert sorted(lines) == ["0 4 0 n0 n0", "1 4 1 n0 n0", "2 4 0 n1 n1", "3 4 1 n1 n1"]
+    assert sorted(lines) == ["0 4 0 n0 n0", "1 4 1 n0 n0", "2 4 0 n0 n1", "3 4 1 n0 n1"]
