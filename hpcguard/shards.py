@@ -270,20 +270,20 @@ def segmenters(config: Config, workers: int, device_type: str, channels: int) ->
 
 
 def readable_ids(images: ImageSet, wanted: int) -> np.ndarray:
-    """The first few ids whose images can be read. Raises InputError, of the last, if none of the first many can."""
+    """The first few ids whose images can be read. Raises the first one's error if none of the first many can."""
     found: list[int] = []
-    fault: Exception = InputError(f"{images.name} {images.split}: no images")
+    faults: list[Exception] = [InputError(f"{images.name} {images.split}: no images")]
     for image in images.ids[:MOST_TRIED]:
         try:
             images.images([image])
         except (InputError, OSError) as error:
-            fault = error
+            faults.append(error)
             continue
         found.append(image)
         if len(found) == wanted:
             break
     if not found:
-        raise fault
+        raise faults[:2][-1]
     return np.array(found, np.int64)
 
 

@@ -128,17 +128,17 @@ def damaged_cifar(c: Case) -> None:
         (c.folder / "cifar-10-batches-py" / name).write_bytes(b"\x80\x04K\x01.")
 
 
-def damaged_picture(c: Case) -> None:
+def damaged_pictures(c: Case) -> None:
     for part in ("train", "test"):
         for label in ("cat", "dog"):
             (c.folder / "pictures" / part / label).mkdir(parents=True)
             for index in range(40):
                 Image.new("RGB", (16, 16), (index, 0, 0)).save(c.folder / "pictures" / part / label / f"{index}.png")
-    truncate(c.folder / "pictures/train/cat/0.png")
+    for picture in (c.folder / "pictures/train").glob("*/*.png"):
+        truncate(picture)
     c.run = c.folder / "other"
     c.edit(baseline=None, run=str(c.run), model={"weights": str(c.folder / "net.pth")})
     torch.manual_seed(0)
-    c.set("cluster.workers=1")  # the damaged picture is in the first shard, so that nothing is finished before it
     c.set("data.name=image-folder", f"data.root={c.folder}/pictures", "data.train_images=null", "data.validation=0")
     from hpcguard.config import ModelConfig
     from hpcguard.models import build_model
@@ -262,7 +262,7 @@ CASES: list[tuple[str, str, Callable[[Case], object], list[str]]] = [
     ("damaged CIFAR", "attribute", damaged_cifar, ["damaged", "MD5"]),
     ("no Fashion-MNIST", "attribute", lambda c: fashion(c, False), ["train-images-idx3-ubyte.gz", "data.root"]),
     ("damaged Fashion-MNIST", "attribute", lambda c: fashion(c, True), ["-ubyte.gz"]),
-    ("damaged picture", "attribute", damaged_picture, ["cat/0.png"]),
+    ("damaged pictures", "attribute", damaged_pictures, ["cat/0.png"]),
     ("too many images asked", "attribute", lambda c: c.set("data.train_images=9999"), ["data.train_images = 9999"]),
     ("too many test images", "evaluate", lambda c: c.set("evaluation.images=9999"), ["images = 9999", "449"]),
     ("unknown model", "attribute", lambda c: c.set("model.name=resnet19"), ["model.name = resnet19", "resnet18"]),
@@ -401,6 +401,10 @@ def test_a_code_error_in_a_worker_is_status_one_with_a_log(
     )
     assert run_stage("attribute", [str(case.config)]) == 1
     output = capsys.readouterr().out
-    assert "shard 00000 FAILED: RuntimeError: boom" in output
-    assert "Traceback" in (run / "logs/shard_00000.log").read_text()
+    failed = output.count("FAILED (error): RuntimeError: boom")
+    assert output.count("in forward") == 1  # once for equal errors
+    records = [json.loads(path.read_text()) for path in (run / "failures").glob("*.json")]
+    assert all(record["kind"] == "error" and record["final"] and "in forward" in record["tail"] for record in records)
+    assert len(records) == failed >= 3
+    assert "stopped early: 3 shards failed with the same error" in output
     assert json.loads((run / "plan.json").read_text())["unit"] == 8

@@ -48,10 +48,12 @@ def run_attempt(attempt: Attempt, task: Task, shards: Sequence[int], workers: in
         events = _events(attempt, meter, config.equal_errors)
         outcome = run_local(task, shards, workers, config.threads, config.attempts, events)
     say(f"attribute: {len(outcome.done)} of {len(shards)} shards done in {time.monotonic() - started:.1f} s")
+    shown: set[str | None] = {None}
     for index, problem in sorted(outcome.failed.items()):
-        say(f"  shard {index:05d} FAILED ({problem.kind}): {problem.message} (more: {attempt.folder.failures})")
-        if problem.tail:
+        say(f"  shard {index:05d} FAILED ({problem.kind}): {problem.message} (record: {attempt.folder.failures})")
+        if problem.signature not in shown:
             say("    " + problem.tail.replace("\n", "\n    "))
+            shown.add(problem.signature)
     if attempt.stopped_because:
         say(f"  stopped early: {attempt.stopped_because}")
     return outcome
