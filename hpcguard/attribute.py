@@ -187,8 +187,10 @@ def array_task(number: int) -> None:
 
 
 def _workers_of_a_task(config: Config) -> int:
-    gpus = config.cluster.slurm.attribute.gpus_per_node
-    return gpus or max(1, usable_cores() // config.cluster.threads)
+    asked = config.cluster.slurm.attribute
+    # Where Slurm binds no one to cores, all of the machine look usable.
+    cores = min(usable_cores(), asked.cpus_per_task or usable_cores())
+    return asked.gpus_per_node or max(1, cores // config.cluster.threads)
 
 
 def _stop_submission(submission: Submission, why: str) -> None:
