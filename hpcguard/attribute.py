@@ -12,24 +12,23 @@ import time
 import numpy as np
 import torch
 
+from hpcguard.array_task import array_task
 from hpcguard.attribution.segments import check_segmentation
-from hpcguard.cluster import dispatch, slurm, submit
-from hpcguard.cluster.attempt import Attempt, run_attempt
+from hpcguard.cluster import dispatch, slurm
+from hpcguard.cluster.attempt import Attempt, new_attempt, run_attempt
 from hpcguard.cluster.devices import pick_device
-from hpcguard.cluster.failures import Kind, Problem, forgive, read_failures
-from hpcguard.cluster.local import usable_cores
-from hpcguard.cluster.plan import Plan, agree_on_plan, attribution_identity, make_plan, read_plan, require_plan
+from hpcguard.cluster.failures import forgive
+from hpcguard.cluster.plan import Plan, agree_on_plan, attribution_identity, make_plan, require_plan
 from hpcguard.cluster.settle import settle
-from hpcguard.cluster.submission import Submission, read_submission, read_submissions, shards_in_queue
-from hpcguard.config import Config, load_config
+from hpcguard.cluster.submission import read_submissions, shards_in_queue
+from hpcguard.config import Config
 from hpcguard.data import ImageSet, load_images
 from hpcguard.models import check_answers, load_model
 from hpcguard.progress import say
-from hpcguard.runs import RunFolder, digest_file, exclusive, publish_json_once
+from hpcguard.runs import RunFolder, digest_file, exclusive
 from hpcguard.shards import (
     ShardTask,
     explain_unit,
-    new_attempt,
     probabilities,
     quarantined,
     readable_ids,
@@ -44,7 +43,6 @@ EXAMPLE = (
 )
 SECTIONS = ("data", "model", "attribution", "cluster")
 SAMPLE_IMAGES = 2  # explained to estimate the cost
-LINGER_S = 60.0  # after asking to be requeued
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -159,76 +157,6 @@ def _submit(config: Config, folder: RunFolder, plan: Plan, missing: list[int], r
         say(line)
     say(f"  watch it with `hpcguard status {folder.path} --watch`, end it with `hpcguard cancel {folder.path}`")
     return 0
-
-
-def array_task(number: int) -> None:
-    """One task of a Slurm array: its shards in a pool with a worker a GPU. Raises SystemExit with the job's status."""
-    submission = read_submission(submit.own_submission())
-    if submission.stopped.exists():
-        raise SystemExit(f"submission {submission.number} was stopped early: {submission.stopped}")
-    config = load_config(submission.config)
-    folder = RunFolder(config.run)
-    plan = read_plan(folder.plan)
-    job = slurm.own_job()
-    attempt = Attempt(
-        folder, plan, new_attempt(job, slurm.restarts()), job, submit.own_log(), slurm.own_memory_gb(),
-        lambda: submit.told_to_stop() or submission.stopped.exists(),
-    )  # fmt: skip
-    shards = submission.tasks[number]
-    _note_restart(attempt, shards)
-    started = time.monotonic()
-    workers = min(len(shards), _workers_of_a_task(config))
-    outcome = run_attempt(attempt, ShardTask(config, plan, workers, attempt.name), shards, workers, config.cluster)
-    if attempt.stopped_because:
-        _stop_submission(submission, attempt.stopped_because)
-    elif outcome.stopped and not submission.stopped.exists():
-        _requeue(attempt, outcome.stopped, config.cluster.slurm.attribute.minutes, time.monotonic() - started)
-    raise SystemExit(0 if len(outcome.done) == len(shards) else 1)
-
-
-def _workers_of_a_task(config: Config) -> int:
-    asked = config.cluster.slurm.attribute
-    # Where Slurm binds no one to cores, all of the machine look usable.
-    cores = min(usable_cores(), asked.cpus_per_task or usable_cores())
-    return asked.gpus_per_node or max(1, cores // config.cluster.threads)
-
-
-def _stop_submission(submission: Submission, why: str) -> None:
-    """The rest would fail too: tell the running tasks, and take back those that wait."""
-    publish_json_once(submission.stopped, {"why": why, "time": time.time()})
-    slurm.cancel([job.job for job in submission.jobs if job.kind == "attribute"], pending_only=True)
-
-
-def _requeue(attempt: Attempt, stopped: list[int], minutes: int, seconds: float) -> None:
-    """Slurm has warned us: note why, and ask to be run again; not where a whole time limit brought nothing."""
-    kind: Kind = "pre-empted" if slurm.was_preempted(attempt.job or "") else "time-out"
-    journals = {shard: attempt.own_journals(shard) for shard in stopped}
-    begun = [shard for shard in stopped if journals[shard]] or stopped[:1]
-    fruitless = kind == "time-out" and not any(path.stat().st_size for paths in journals.values() for path in paths)
-    message = f"{kind} after {seconds:.0f} s"
-    if fruitless:
-        message += f" without finishing a unit: raise cluster.slurm.attribute.minutes = {minutes}"
-    for shard in begun:
-        attempt.record(shard, Problem(kind, message), final=fruitless)
-    if fruitless:
-        return
-    say(f"attribute: {message}; to be requeued")
-    if slurm.requeue_self():
-        time.sleep(LINGER_S)  # Slurm ends us meanwhile
-    say("attribute: Slurm did not requeue this task; the job that looks after the arrays will")
-
-
-def _note_restart(attempt: Attempt, shards: list[int]) -> None:
-    """What ended the former start of this job, if it could not tell itself."""
-    former = f"{attempt.job}.r{slurm.restarts() - 1}."
-    if not slurm.restarts() or any(failure.attempt.startswith(former) for failure in read_failures(attempt.folder)):
-        return
-    begun = {shard: path for shard in shards for path in attempt.folder.journals(shard) if f".{former}" in path.name}
-    hosts = {path.name.split(former, 1)[1].rsplit("-", 1)[0] for path in begun.values()}
-    failed = slurm.was_node_failure(attempt.job or "") or any(map(slurm.node_is_down, hosts))
-    kind: Kind = "node-failure" if failed else "requeued"
-    for shard in begun or shards[:1]:
-        attempt.record(shard, Problem(kind, f"{kind} of {', '.join(sorted(hosts)) or 'an unknown node'}"), final=False)
 
 
 def _dry_run(config: Config, images: ImageSet, folder: RunFolder) -> int:

@@ -47,7 +47,7 @@ class ShardTask:
     config: Config
     plan: Plan
     workers: int  # that share this machine
-    attempt: str  # names what this job does, see new_attempt
+    attempt: str  # names what this job does, see cluster.attempt.new_attempt
     _model: tuple[torch.device, Predict] | None = field(default=None, init=False)
 
     @cached_property
@@ -149,11 +149,6 @@ def quarantined(folder: RunFolder, shards: Iterable[int]) -> dict[int, str]:
             for entry in read_json(folder.manifest(index), "run attribute again").get("quarantined", []):
                 left_out[int(entry["image"])] = str(entry["why"])
     return left_out
-
-
-def new_attempt(job: str | None, restarts: int) -> str:
-    """A name for what this process is about to do: 12_3.r0.HOST in a Slurm job, else by its process id."""
-    return f"{f'{job}.r{restarts}' if job else os.getpid()}.{os.uname().nodename.split('.')[0]}"
 
 
 @dataclass

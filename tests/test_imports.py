@@ -1,6 +1,8 @@
 """The design's import rules, read from the source."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,3 +72,10 @@ def test_no_utils_and_no_long_functions() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
                 assert (node.end_lineno or 0) - node.lineno < 60, f"{name}: {node.name}"
+
+
+def test_who_only_waits_or_looks_imports_no_torch() -> None:
+    """Seconds of every array task, and of every look at a run."""
+    for module in ("array_task", "status", "cancel"):
+        code = f"import sys, hpcguard.{module}; sys.exit('torch' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0, module

@@ -14,13 +14,18 @@ from hpcguard.progress import Meter, progress, say
 from hpcguard.runs import RunFolder
 
 
+def new_attempt(job: str | None, restarts: int) -> str:
+    """A name for what this process is about to do: 12_3.r0.HOST in a Slurm job, else by its process id."""
+    return f"{f'{job}.r{restarts}' if job else os.getpid()}.{os.uname().nodename.split('.')[0]}"
+
+
 @dataclass
 class Attempt:
     """Who tries, for the records; and what it has done so far."""
 
     folder: RunFolder
     plan: Plan
-    name: str  # see shards.new_attempt
+    name: str  # see new_attempt
     job: str | None = None  # of Slurm
     log: str | None = None
     memory_gb: float | None = None

@@ -1,13 +1,12 @@
 """What went wrong with a shard: its class, what a person needs to see of it, and what is to be done about it."""
 
+import sys
 import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-import torch
 
 from hpcguard.errors import InputError
 from hpcguard.runs import RunFolder, read_json, write_json
@@ -61,7 +60,8 @@ def problem_of(error: BaseException) -> Problem:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the GPU or the machine had no memory left for it."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    torch = sys.modules.get("torch")  # who has not imported it raises none of its errors
+    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(mark in str(error).lower() for mark in OUT_OF_MEMORY)
 

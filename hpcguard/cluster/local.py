@@ -15,8 +15,6 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-import torch
-
 from hpcguard.cluster.failures import Problem, problem_of
 from hpcguard.cluster.lifetime import end_with_parent
 from hpcguard.errors import InputError
@@ -180,6 +178,8 @@ def _start(task: Task, slot: int, threads: int) -> _Worker:
 
 def _serve(task: Task, slot: int, threads: int, pipe: Connection, parent: int) -> None:
     end_with_parent(parent)
+    import torch  # here only: who waits for workers needs none
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent ends us in order
     torch.set_num_threads(threads)
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from slurm_cluster import Slurm
 
-from hpcguard.attribute import array_task
+from hpcguard.array_task import array_task
 from hpcguard.cluster import dispatch, sbatch, slurm, submit
 from hpcguard.cluster.packing import Chunk
 from hpcguard.cluster.submission import Job, Submission, last_task, new_submission, read_submissions, rounds
@@ -174,7 +174,7 @@ def test_pickles_hold_a_reference_and_a_number_and_files_no_secrets(
         for number, path in enumerate(pickles):
             operations = [(each.name, value) for each, value, _ in pickletools.genops(path.read_bytes())]
             strings = [value for name, value in operations if name in ("SHORT_BINUNICODE", "BINUNICODE")]
-            assert {"hpcguard.attribute", "array_task"} <= set(strings)
+            assert {"hpcguard.array_task", "array_task"} <= set(strings)
             assert not [value for value in strings if "CodeType" in value or "make_function" in value]
             assert ("BININT1", number) in operations
         for path in submission.folder.iterdir():
