@@ -1,4 +1,4 @@
-"""Array jobs through submitit, and what each of their tasks starts with: `python -m hpcguard.cluster.submit FOLDER`.
+"""Array jobs through submitit. Each of their tasks starts with hpcguard/cluster/task.py.
 
 submitit pickles one module-level function and one number a task; everything else a task reads from the submission's
 JSON. A task looks at who owns the run folder, and who may enter it, before it unpickles anything from it.
@@ -8,7 +8,6 @@ import os
 import shlex
 import shutil
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +19,11 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from hpcguard.cluster import sbatch
 from hpcguard.cluster.environment import only_job_environment
 from hpcguard.cluster.packing import Chunk
+from hpcguard.cluster.task import TOLD
 from hpcguard.config import SlurmConfig
 from hpcguard.errors import InputError
 from hpcguard.runs import check_private
 
-TOLD = signal.SIGUSR2  # what Slurm sends before it ends a task
 ENDLESS = 1_000_000  # submitit counts time-outs and gives up at three; ours requeue themselves
 BY_KEYWORD = {"time": "time", "nodes": "nodes", "ntasks-per-node": "ntasks_per_node"}  # submitit writes these itself
 
@@ -43,11 +42,11 @@ class Array:
 
 
 class _Executor(submitit.SlurmExecutor):
-    """submitit's, whose tasks start with main() below."""
+    """submitit's, whose tasks start with ours."""
 
     def __init__(self, folder: Path, python: Sequence[str]) -> None:
         super().__init__(folder, max_num_timeout=ENDLESS)
-        self.command = [*python, "-u", "-m", "hpcguard.cluster.submit", str(folder)]
+        self.command = [*python, "-u", "-m", "hpcguard.cluster.task", str(folder)]
 
     @property
     def _submitit_command_str(self) -> str:
@@ -115,20 +114,9 @@ def told_to_stop() -> bool:
     return signal.sigtimedwait({TOLD}, 0) is not None
 
 
-def main() -> None:
-    """Run one array task."""
-    # Blocked, it waits to be asked for, here and in every process that we start: a handler would cut a unit in half.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {TOLD})
+def run_task(folder: Path) -> None:
+    """Run the array task that this process is."""
     os.umask(0o077)
-    folder = Path(sys.argv[1])
     for inside in (folder.parents[1], folder.parent, folder):
         check_private(inside)
     submitit_main()
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"hpcguard: {error}", file=sys.stderr)
-        sys.exit(2)
