@@ -13,6 +13,8 @@ from hpcguard.config import ClusterConfig
 from hpcguard.progress import Meter, progress, say
 from hpcguard.runs import RunFolder
 
+OUTLIVE_S = 1.0
+
 
 def new_attempt(job: str | None, restarts: int) -> str:
     """A name for what this process is about to do: 12_3.r0.HOST in a Slurm job, else by its process id."""
@@ -38,6 +40,9 @@ class Attempt:
 
     def record(self, shard: int, problem: Problem, final: bool) -> None:
         """Publish what happened to a shard."""
+        if self.job and problem.kind == "killed":
+            # Slurm kills a task's processes one by one. If it is our turn next, others know better what it was.
+            time.sleep(OUTLIVE_S)
         name = f"{self.name}.{time.time_ns() // 1_000_000:x}"  # a shard may fail more than once in an attempt
         record(self.folder, Failure(
             shard, name, problem.kind, final, problem.message, problem.signature, problem.tail, os.uname().nodename,

@@ -181,6 +181,8 @@ def _serve(task: Task, slot: int, threads: int, pipe: Connection, parent: int) -
     import torch  # here only: who waits for workers needs none
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent ends us in order
+    # Slurm sends it to every process of a job that it is about to end; the parent decides, and we end with it.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(threads)
 
     def report(amount: int) -> None:
