@@ -1,8 +1,10 @@
 """After the arrays: decide what becomes of shards that are missing, each by what happened to it."""
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from hpcguard.cluster import slurm
 from hpcguard.cluster.dispatch import SUBMITTED_AGAIN, Task, describe, submit
@@ -19,6 +21,9 @@ ENDS: dict[str, Kind] = {
     "PREEMPTED": "pre-empted",
     "CANCELLED": "cancelled",
 }  # of a task that could tell of nothing itself, by Slurm's state; any other was killed
+
+KILLED_FOR_MEMORY = re.compile(rb"exceeded (job |step )?memory limit|oom.kill|out of memory", re.I)  # says Slurm
+LOG_END = 64 * 1024
 
 
 def settle(config: Config, run: RunFolder, problems: dict[int, str], number: int, task: Task) -> int:
@@ -40,6 +45,7 @@ def settle(config: Config, run: RunFolder, problems: dict[int, str], number: int
         if own.stopped.exists():
             decision = Decision({}, {shard: decision.given_up.get(shard, "stopped early") for shard in missing})
         why = [f"shard {shard:05d}: {problems[shard]}: {reason}" for shard, reason in decision.given_up.items()]
+        why += [f"shard {shard:05d}: {problems[shard]}" for shard in decision.again if problems[shard] != "missing"]
         if not decision.again and not alive:
             return _end(own, "gave up", why)
         waiting_ids = {job.id for job in queue if job.state == "PENDING"}
@@ -73,13 +79,15 @@ def _record_ends(run: RunFolder, submissions: Sequence[Submission], missing: Seq
         if not begun or any(f.shard == shard and f.attempt.startswith(begun[-1].rsplit("-", 1)[0]) for f in failures):
             continue
         state = states.get(task, "unknown")
-        kind = ENDS.get(state, "killed")
+        log = _log(submissions, task)
+        # To Slurm a batch script whose srun was killed for its memory has FAILED.
+        kind = ENDS.get(state) or ("out-of-memory" if log and _killed_for_memory(Path(log)) else "killed")
         before = any(failure.shard == shard and failure.kind == "out-of-memory" for failure in failures)
         attempt = begun[-1]
         # Out of memory is answered by smaller batches first, and is final the second time: then by more memory.
         record(run, Failure(
             shard, attempt, kind, kind == "out-of-memory" and before, f"its task ended without a word (Slurm: {state})",
-            host=attempt.split(".")[2].rsplit("-", 1)[0], job=task, log=_log(submissions, task),
+            host=attempt.split(".")[2].rsplit("-", 1)[0], job=task, log=log,
             memory_gb=slurm.memory_gb(task),
         ))  # fmt: skip
     return {shard: states[task] for shard, task in tasks.items() if task in states}
@@ -88,6 +96,12 @@ def _record_ends(run: RunFolder, submissions: Sequence[Submission], missing: Seq
 def _log(submissions: Sequence[Submission], task: str) -> str | None:
     found = [path for submission in submissions if (path := submission.folder / f"{task}_0_log.err").exists()]
     return str(found[-1]) if found else None
+
+
+def _killed_for_memory(log: Path) -> bool:
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - LOG_END))
+        return KILLED_FOR_MEMORY.search(file.read()) is not None
 
 
 @dataclass
