@@ -74,7 +74,7 @@ module load cuda/12 || { echo 'hpcguard: failed: module load cuda/12' >&2; exit 
 export SUBMITIT_EXECUTOR=slurm
 srun --unbuffered --output '/runs/a b/slurm/0001/%A_%a_%t_log.out' --error '/runs/a b/slurm/0001/%A_%a_%t_log.err' \
 --cpus-per-task=16 --container-image=lab/x \
-apptainer exec --nv 'my image.sif' python3 -u -m hpcguard.cluster.submit '/runs/a b/slurm/0001'
+apptainer exec --nv 'my image.sif' python3 -u -m hpcguard.cluster.task '/runs/a b/slurm/0001'
 """
     assert submit.array_text(array) == expected
 
@@ -193,7 +193,7 @@ def test_a_task_unpickles_nothing_where_others_may_write(tmp_path: Path, opened:
     (folder / "7_submitted.pkl").write_bytes(planted)
     (tmp_path / opened).chmod(0o770)
     environment = {**os.environ, "SLURM_JOB_ID": "7", "SUBMITIT_EXECUTOR": "slurm"}
-    command = [sys.executable, "-m", "hpcguard.cluster.submit", str(folder)]
+    command = [sys.executable, "-m", "hpcguard.cluster.task", str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert f"{tmp_path / opened}: open to others" in done.stderr
