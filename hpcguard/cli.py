@@ -16,8 +16,10 @@ from hpcguard import __version__
 from hpcguard.cluster.ranks import end_world, rank_name, tell_fault
 from hpcguard.config import describe_keys, load_config
 from hpcguard.errors import InputError
+from hpcguard.runs import check_private
 
 STAGES = ("attribute", "consolidate", "refine", "evaluate", "report", "status", "cancel")
+LOOKING = ("status", "report")  # read others' run folders and run nothing of theirs
 ALIASES = {"retry": ("attribute", ["--retry"])}
 ALIAS_HELP = {"retry": "Try the shards that have failed again: attribute --retry."}
 
@@ -64,7 +66,10 @@ def run_stage(name: str, given: list[str] | None = None) -> int:
     parser = _parser(name, stage)
     try:
         arguments = parser.parse_intermixed_args(sys.argv[1:] if given is None else given)
-        config = load_config(Path(arguments.config), arguments.overrides)
+        source = Path(arguments.config)
+        if source.is_dir() and name not in LOOKING:
+            check_private(source)  # its config.yaml may name code to be run
+        config = load_config(source, arguments.overrides)
         return int(stage.run(config, arguments))
     except InputError as error:
         tell_fault(f"hpcguard {name}: {rank_name()}{' '.join(str(error).split())}")

@@ -99,7 +99,7 @@ def texts(config: Config, run: RunFolder, memory: dict[int, float | None]) -> li
 
 def _array(config: Config, run: RunFolder, submission: Submission, part: Part, after: str | None) -> Array:
     name = f"hpcguard-{ATTRIBUTE}-{submission.number:04d}-{part.chunk.first}"
-    comment, folder = str(run.path.absolute()), submission.folder.absolute()
+    comment, folder = str(run.path.resolve()), submission.folder.resolve()
     return Array(folder, config.cluster.slurm, name, comment, part.chunk, after, part.memory_gb)
 
 
@@ -154,11 +154,11 @@ def _submit_followers(
 def _text(config: Config, run: RunFolder, submission: Submission, follower: Follower, dependency: str | None) -> str:
     asked = config.cluster.slurm
     name = f"hpcguard-{follower.kind}-{submission.number:04d}"
-    log = submission.folder.absolute() / f"{follower.kind}_%j.out"
+    log = submission.folder.resolve() / f"{follower.kind}_%j.out"
     options: dict[str, sbatch.Value] = {
         **sbatch.options(asked, follower.job),
         "job-name": name,
-        "comment": str(run.path.absolute()),
+        "comment": str(run.path.resolve()),
         "output": str(log),
         "open-mode": "append",
     }

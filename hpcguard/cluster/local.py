@@ -17,6 +17,7 @@ from typing import Any
 
 from hpcguard.cluster.failures import Problem, problem_of
 from hpcguard.cluster.lifetime import end_with_parent
+from hpcguard.cluster.memory import oom_kills
 from hpcguard.errors import InputError
 
 Report = Callable[[int], None]
@@ -82,6 +83,7 @@ class _Pool:
         self.workers: dict[int, _Worker] = {}
         self.outcome = Outcome()
         self.stopping = False
+        self.oom_kills = oom_kills()
 
     def start(self, slot: int) -> None:
         self.workers[slot] = _start(self.task, slot, self.threads)
@@ -117,6 +119,7 @@ class _Pool:
         if kind == "input-error":
             raise InputError(value)
         if kind == "died":
+            value = self._death(worker)
             if self.tries[item] < self.attempts:
                 self.waiting.append(item)
                 self.events.restart(item, value)
@@ -131,6 +134,15 @@ class _Pool:
         else:
             self._end(item, value)
         self._assign(worker)
+
+    def _death(self, worker: _Worker) -> Problem:
+        worker.process.join()
+        code = worker.process.exitcode or 0
+        if code == -signal.SIGKILL and (kills := oom_kills()) > self.oom_kills:
+            self.oom_kills = kills
+            return Problem("out-of-memory", "the kernel killed the worker process for want of memory")
+        how = f"the worker process was killed by signal {-code}" if code < 0 else f"exit status {code}"
+        return Problem("killed", how)
 
     def _end(self, item: Any, problem: Problem | None) -> None:
         if problem is None:
@@ -160,10 +172,7 @@ def _receive(worker: _Worker) -> tuple[str, Any]:
     try:
         return worker.pipe.recv()
     except (EOFError, ConnectionResetError):
-        worker.process.join()
-        code = worker.process.exitcode
-        how = f"the worker process was killed by signal {-code}" if code and code < 0 else f"exit status {code}"
-        return "died", Problem("killed", how)
+        return "died", None
 
 
 def _start(task: Task, slot: int, threads: int) -> _Worker:
@@ -178,11 +187,11 @@ def _start(task: Task, slot: int, threads: int) -> _Worker:
 
 def _serve(task: Task, slot: int, threads: int, pipe: Connection, parent: int) -> None:
     end_with_parent(parent)
-    import torch  # here only: who waits for workers needs none
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent ends us in order
     # Slurm sends it to every process of a job that it is about to end; the parent decides, and we end with it.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    import torch  # here only: who waits for workers needs none
+
     torch.set_num_threads(threads)
 
     def report(amount: int) -> None:

@@ -54,7 +54,7 @@ def queue() -> list[QueuedJob]:
 
 def queue_of(run: Path) -> list[QueuedJob]:
     """The jobs of one run folder: their comment is its absolute path."""
-    return [job for job in queue() if job.comment == str(run.absolute())]
+    return [job for job in queue() if job.comment == str(run.resolve())]
 
 
 def states(jobs: Sequence[str]) -> dict[str, str]:

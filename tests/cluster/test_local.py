@@ -105,3 +105,41 @@ def _alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+HOG = """
+import sys
+from pathlib import Path
+from hpcguard.cluster.local import Events, run_local
+
+
+def task(item, slot, report):
+    if item == "hog":
+        bytearray(3 << 30)[:] = b"x" * (3 << 30)
+
+
+if __name__ == "__main__":
+    told = []
+    events = Events(lambda *_: None, lambda *_: None, lambda item, problem: told.append(problem.kind))
+    outcome = run_local(task, ["hog", "modest"], 1, 1, 2, events)
+    print(outcome.done, [problem.kind for problem in outcome.failed.values()], told)
+"""
+
+
+def test_a_worker_killed_by_the_kernel_for_its_memory_is_told_from_other_kills(tmp_path: Path) -> None:
+    """In a real memory cgroup, as Slurm makes one for a job."""
+    group = Path(f"/sys/fs/cgroup/memory/hpcguard-test-{os.getpid()}")
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(2 << 30))
+    except OSError as error:
+        pytest.skip(f"cannot make a memory cgroup (version 1) here: {error}")
+    (tmp_path / "hog.py").write_text(HOG)
+    command = f"echo $$ > {group}/cgroup.procs && exec {sys.executable} {tmp_path}/hog.py"
+    try:
+        done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
+    finally:
+        while (group / "cgroup.procs").read_text():  # multiprocessing's helpers end a moment later
+            time.sleep(0.05)
+        group.rmdir()
+    assert done.stdout == "['modest'] ['out-of-memory'] ['out-of-memory']\n"
