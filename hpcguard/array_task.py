@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from hpcguard.cluster import slurm, submit
 from hpcguard.cluster.attempt import Attempt, new_attempt, run_attempt
 from hpcguard.cluster.failures import Kind, Problem, read_failures
-from hpcguard.cluster.local import Report, usable_cores
+from hpcguard.cluster.local import Report
 from hpcguard.cluster.plan import Plan, read_plan
 from hpcguard.cluster.submission import Submission, read_submission
 from hpcguard.config import Config, load_config
@@ -36,20 +36,13 @@ def array_task(number: int) -> None:
     shards = submission.tasks[number]
     _note_restart(attempt, shards)
     started = time.monotonic()
-    workers = min(len(shards), _workers_of_a_task(config))
+    workers = min(len(shards), config.cluster.workers_of_a_task)
     outcome = run_attempt(attempt, _ShardTask(config, plan, workers, attempt.name), shards, workers, config.cluster)
     if attempt.stopped_because:
         _stop_submission(submission, attempt.stopped_because)
     elif outcome.stopped and not submission.stopped.exists():
         _requeue(attempt, outcome.stopped, config.cluster.slurm.attribute.minutes, time.monotonic() - started)
     raise SystemExit(0 if len(outcome.done) == len(shards) else 1)
-
-
-def _workers_of_a_task(config: Config) -> int:
-    asked = config.cluster.slurm.attribute
-    # Where Slurm binds no one to cores, all of the machine look usable.
-    cores = min(usable_cores(), asked.cpus_per_task or usable_cores())
-    return asked.gpus_per_node or max(1, cores // config.cluster.threads)
 
 
 def _stop_submission(submission: Submission, why: str) -> None:

@@ -19,7 +19,7 @@ from hpcguard.cluster.attempt import Attempt, new_attempt, run_attempt
 from hpcguard.cluster.devices import pick_device
 from hpcguard.cluster.failures import forgive
 from hpcguard.cluster.plan import Plan, agree_on_plan, attribution_identity, make_plan, require_plan
-from hpcguard.cluster.settle import settle
+from hpcguard.cluster.settle import settle, settling
 from hpcguard.cluster.submission import read_submissions, shards_in_queue
 from hpcguard.config import Config
 from hpcguard.data import ImageSet, load_images
@@ -61,10 +61,13 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
     folder = RunFolder(config.run)
     if arguments.dry_run:
         return _dry_run(config, images, folder)
-    plan = _agreed_plan(config, images, folder)
-    problems = shard_problems(folder, plan, images.ids, values=arguments.settle is not None)
     if arguments.settle is not None:
-        return settle(config, folder, problems, arguments.settle, array_task)
+        with settling(folder, arguments.settle) as submission:
+            plan = _agreed_plan(config, images, folder)
+            problems = shard_problems(folder, plan, images.ids, values=True)
+            return settle(config, folder, problems, submission, array_task)
+    plan = _agreed_plan(config, images, folder)
+    problems = shard_problems(folder, plan, images.ids)
     _say_what_remains(problems, plan, folder)
     if config.cluster.executor == "slurm":
         return _submit(config, folder, plan, sorted(problems), arguments.retry)
@@ -192,8 +195,7 @@ def _say_cost(config: Config, images: ImageSet, plan: Plan, left: int) -> None:
     asked, on_slurm = config.cluster.slurm, config.cluster.executor == "slurm"
     workers = min(config.cluster.workers, plan.num_shards)
     if on_slurm:
-        a_task = asked.attribute.gpus_per_node or max(1, (asked.attribute.cpus_per_task or 1) // config.cluster.threads)
-        workers = min(a_task * asked.tasks_at_once, plan.num_shards)
+        workers = min(config.cluster.workers_of_a_task * asked.tasks_at_once, plan.num_shards)
     alone, together = _duration(seconds * left), _duration(seconds * left / workers)
     rows = left * config.attribution.most_samples
     say(f"cost         {rows:,} model rows, {alone} with one worker, {together} with {workers}")

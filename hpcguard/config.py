@@ -240,8 +240,9 @@ class SlurmConfig(Section):
     """More arguments of srun, such as [--container-image=lab/image]."""
     export: list[Annotated[str, AfterValidator(check_variable)]] = []
     """Names of further environment variables that jobs inherit; no others go with them but PATH and the like."""
-    shards_per_task: int = Field(1, gt=0)
-    """Shards that an array task works through; more where the cluster's limits on jobs ask for it."""
+    shards_per_task: int | None = Field(None, gt=0)
+    """Shards that an array task works through; null: one for each of its workers. More where the cluster's limits on
+    jobs ask for it."""
     tasks_at_once: int = Field(64, gt=0)
     """Array tasks that run at once at the most, over all arrays of a submission."""
     signal_seconds: int = Field(90, ge=1)
@@ -298,6 +299,12 @@ class ClusterConfig(Section):
     """Rate of one worker, for --dry-run on a machine unlike those of the jobs; null: measured on two images."""
     slurm: SlurmConfig = SlurmConfig()
     """How jobs are submitted."""
+
+    @property
+    def workers_of_a_task(self) -> int:
+        """Workers of an array task: one a GPU, else by its cores."""
+        asked = self.slurm.attribute
+        return asked.gpus_per_node or max(1, (asked.cpus_per_task or 1) // self.threads)
 
 
 class AttackConfig(Section):

@@ -235,6 +235,8 @@ def exclusive(folder: Path, patience: float = 5.0) -> Iterator[None]:
                 if time.monotonic() > deadline:
                     raise InputError(f"{folder}: another process is writing it; wait for it, or end it") from error
                 time.sleep(0.1)
+            except OSError:  # a file system without locks: publishing by rename still keeps files whole
+                break
         yield
 
 

@@ -42,7 +42,7 @@ def arrange(
     room = limits.max_jobs if limits.max_submit is None else min(limits.max_jobs, limits.max_submit - limits.queued)
     levels = sorted(set(memory.values()), key=lambda level: level or 0.0)
     room -= len(followers(config, Path(), 0)) + len(levels)
-    per_task = shards_per_task(len(memory), asked.shards_per_task, room)
+    per_task = shards_per_task(len(memory), asked.shards_per_task or config.cluster.workers_of_a_task, room)
     tasks: list[list[int]] = []
     parts: list[Part] = []
     for level in levels:

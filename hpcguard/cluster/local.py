@@ -160,12 +160,8 @@ class _Pool:
 
 def cores_of_a_worker(workers: int) -> int:
     """This process's cores, divided among so many workers; at least 1."""
-    return max(1, usable_cores() // workers)
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, own // workers)
 
 
 def _receive(worker: _Worker) -> tuple[str, Any]:

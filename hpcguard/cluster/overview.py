@@ -106,27 +106,29 @@ def published_of(evidence: Evidence, index: int) -> Published:
 
 
 def shard_states(evidence: Evidence) -> dict[int, str]:
-    """done, failed:KIND, running, pending, waiting or unknown for every shard, in this order of precedence."""
+    """done, running, pending, failed:KIND, waiting or unknown for every shard."""
     failed = _failed(evidence.records)
     queued, mapped = queued_shards(evidence)
     rest = "waiting" if evidence.queue is not None and mapped else UNKNOWN
     states = {}
     for index in range(evidence.plan.num_shards):
+        state, job = queued.get(index, ("", ""))
+        record = failed.get(index)
         if is_done(evidence, index):
             states[index] = "done"
-        elif index in failed:
-            states[index] = f"failed:{failed[index]}"
-        elif evidence.queue is None:
-            states[index] = UNKNOWN
+        elif evidence.queue is not None and index in evidence.held:
+            states[index] = "running"
+        elif record and (not job or record.get("job") == job):  # else another task is to try it again
+            states[index] = f"failed:{_kind(record)}"
         else:
-            states[index] = "running" if index in evidence.held else queued.get(index, rest)
+            states[index] = UNKNOWN if evidence.queue is None else state or rest
     return states
 
 
-def queued_shards(evidence: Evidence) -> tuple[dict[int, str], bool]:
-    """running or pending for the shards of tasks in the queue; and whether every such task's shards are known."""
+def queued_shards(evidence: Evidence) -> tuple[dict[int, tuple[str, str]], bool]:
+    """(running or pending, task) of the shards in the queue; and whether every such task's shards are known."""
     tasks = {submission.number: submission.tasks for submission in evidence.submissions}
-    queued: dict[int, str] = {}
+    queued: dict[int, tuple[str, str]] = {}
     mapped = True
     for job in evidence.queue or ():
         name = JOB_NAME.fullmatch(job.name)
@@ -141,8 +143,8 @@ def queued_shards(evidence: Evidence) -> tuple[dict[int, str], bool]:
         begun = _begun(evidence, job, left)
         for index in left:
             state = "running" if index in begun else "pending"
-            if queued.get(index) != "running":  # a shard may be in two submissions
-                queued[index] = state
+            if queued.get(index, ("", ""))[0] != "running":  # a shard may be in two submissions
+                queued[index] = state, job.id
     return queued, mapped
 
 
@@ -153,10 +155,9 @@ def _begun(evidence: Evidence, job: QueuedJob, left: Sequence[int]) -> set[int]:
     return {index for index in left if job.id in evidence.attempts.get(index, ())} or set(left[:1])
 
 
-def _failed(records: Sequence[Mapping[str, Any]]) -> dict[int, str]:
-    """Kind of the last final record of each shard that has one."""
-    final = sorted((record for record in records if record["final"]), key=_time)
-    return {record["shard"]: _kind(record) for record in final}
+def _failed(records: Sequence[Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
+    """The last final record of each shard that has one."""
+    return {record["shard"]: record for record in sorted(records, key=_time) if record["final"]}
 
 
 def _counted(counts: Counter[str]) -> dict[str, int]:

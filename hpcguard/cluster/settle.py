@@ -2,15 +2,24 @@
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpcguard.cluster import slurm
 from hpcguard.cluster.dispatch import SUBMITTED_AGAIN, Task, describe, submit
 from hpcguard.cluster.failures import Failure, Kind, read_failures, record
-from hpcguard.cluster.submission import Submission, last_task, read_submissions, rounds, shards_in_queue
+from hpcguard.cluster.submission import (
+    Submission,
+    last_task,
+    read_submission,
+    read_submissions,
+    rounds,
+    shards_in_queue,
+)
 from hpcguard.config import ClusterConfig, Config
+from hpcguard.errors import InputError
 from hpcguard.progress import say
 from hpcguard.runs import RunFolder, exclusive, write_json
 
@@ -26,13 +35,23 @@ KILLED_FOR_MEMORY = re.compile(rb"exceeded (job |step )?memory limit|oom.kill|ou
 LOG_END = 64 * 1024
 
 
-def settle(config: Config, run: RunFolder, problems: dict[int, str], number: int, task: Task) -> int:
+@contextmanager
+def settling(run: RunFolder, number: int) -> Iterator[Submission]:
+    """The submission to settle; where even that cannot be done, its record says why."""
+    own = read_submission(run.submission(number))
+    try:
+        yield own
+    except InputError as error:
+        _end(own, "gave up", [str(error)])
+        raise
+
+
+def settle(config: Config, run: RunFolder, problems: dict[int, str], own: Submission, task: Task) -> int:
     """Look after what a submission left: submit again what may be, give the rest up; the stage's exit status.
 
     problems: why each missing shard cannot be used.
     """
     submissions = read_submissions(run)
-    own = submissions[[submission.number for submission in submissions].index(number)]
     if not problems:
         return _end(own, "complete", [])
     with exclusive(run.slurm):
