@@ -129,16 +129,17 @@ class ShardTask:
 def shard_problems(folder: RunFolder, plan: Plan, ids: np.ndarray, values: bool = False) -> dict[int, str]:
     """Why each unusable shard of a plan is so, by its number; `values` also looks at the rows of the others."""
     there = {entry.name for entry in os.scandir(folder.shards)} if folder.shards.is_dir() else set()
+    begun = [k for k in range(plan.num_shards) if {folder.shard(k).name, folder.manifest(k).name} & there]
 
     def look(index: int) -> str | None:
-        path, manifest = folder.shard(index), folder.manifest(index)
-        if path.name not in there and manifest.name not in there:
-            return "missing"
-        return shard_problem(path, manifest, plan.shard_ids(index, ids), plan.fingerprint, values)
+        return shard_problem(
+            folder.shard(index), folder.manifest(index), plan.shard_ids(index, ids), plan.fingerprint, values
+        )
 
+    problems: dict[int, str | None] = dict.fromkeys(range(plan.num_shards), "missing")
     with ThreadPoolExecutor(READERS) as readers:  # mostly waits for the disk and for SHA-256
-        found = enumerate(readers.map(look, range(plan.num_shards)))
-        return {index: problem for index, problem in found if problem}
+        problems |= zip(begun, readers.map(look, begun), strict=True)
+    return {index: problem for index, problem in problems.items() if problem}
 
 
 def quarantined(folder: RunFolder, shards: Iterable[int]) -> dict[int, str]:
