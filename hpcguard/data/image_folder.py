@@ -37,7 +37,7 @@ def read_image_folder(config: DataConfig, test: bool) -> ImageSet:
         listing = ImageFolder(part)
     except OSError as error:
         raise InputError(f"{part}: {error}. {LAYOUT}") from error
-    files = tuple(os.path.relpath(path, part) for path, _ in listing.samples)
+    files = tuple(path.removeprefix(f"{part}/") for path, _ in listing.samples)
     return ImageSet(
         name="image-folder",
         split="test" if test else "train",
@@ -62,7 +62,8 @@ class FilePixels:
 
     def digest(self, ids: np.ndarray) -> str:
         """Over relative names and sizes in bytes: reading every file at every start is too slow."""
-        return digest_json([[self.files[index], _bytes(self.folder / self.files[index])] for index in ids])
+        names = [self.files[index] for index in ids.tolist()]
+        return digest_json([[name, _bytes(f"{self.folder}/{name}")] for name in names])
 
 
 def _decode(path: Path, size: int) -> np.ndarray:
@@ -89,8 +90,9 @@ def _class_names(part: Path) -> list[str]:
     return names
 
 
-def _bytes(path: Path) -> int:
+def _bytes(path: str) -> int:
+    """Of a file; no Path is made of its name, which would cost more than the look."""
     try:
-        return path.stat().st_size
+        return os.stat(path).st_size  # noqa: PTH116
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
