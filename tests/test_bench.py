@@ -1,11 +1,16 @@
-"""tools/bench_lime.py says what it promises; the figures themselves are for a quiet machine."""
+"""The benches say what they promise; the figures themselves are for a quiet machine."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
+from slurm_cluster import need_slurm
 
 BENCH = Path(__file__).parents[1] / "tools" / "bench_lime.py"
+CLUSTER = BENCH.with_name("bench_cluster.py")
 
 
 def test_the_last_line_is_one_json_object() -> None:
@@ -15,7 +20,26 @@ def test_the_last_line_is_one_json_object() -> None:
     assert figures["peak_rows_in_flight_bytes"] == figures["peak_rows_in_flight_bytes_100k"] == 256 * 3 * 32 * 32 * 4
 
 
-def test_an_unknown_part_is_refused() -> None:
-    done = subprocess.run([sys.executable, str(BENCH), "--parts", "speed"], capture_output=True, text=True)
+def cluster_figures(parts: str) -> dict[str, Any]:
+    command = [sys.executable, str(CLUSTER), "--parts", parts, "--shards", "50", "--rounds", "1", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr  # it asserts itself that the run is what it says it measures
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_cluster_plans_and_looks_at_as_many_shards_as_it_says() -> None:
+    figures = cluster_figures("plan,folder,resume")
+    assert {"plan_50_s", "plan_image_folder_50_s", "resume_scan_50_s", "hardware", "torch"} <= figures.keys()
+    assert 700 < figures["resume_scan_bytes"] / (50 * 128) < 1100  # bytes an image
+
+
+def test_cluster_asks_a_real_queue_for_status() -> None:
+    need_slurm()
+    assert {"status_50_s", "submit_20_tasks_s"} <= cluster_figures("status").keys()
+
+
+@pytest.mark.parametrize(("bench", "some"), [(BENCH, "cost, small"), (CLUSTER, "plan, folder, resume")])
+def test_an_unknown_part_is_refused(bench: Path, some: str) -> None:
+    done = subprocess.run([sys.executable, str(bench), "--parts", "speed"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "cost, small" in done.stderr
+    assert some in done.stderr
