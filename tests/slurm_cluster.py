@@ -1,5 +1,6 @@
 """A real Slurm cluster for tests, by tools/mini_slurm: fixture `slurm`, two nodes n0 and n1, shared by a session."""
 
+import json
 import os
 import shlex
 import shutil
@@ -70,6 +71,11 @@ class Slurm:
         output = "%A_%a.out" if any(option.startswith("--array") for option in options) else "%j.out"
         command = ["sbatch", "--parsable", f"--output={output}", "--open-mode=append", *options]
         return self.run(shlex.join(command), given=f"#!/bin/bash\n{script}\n")
+
+    @property
+    def separate(self) -> bool:
+        """Whether each node has a host name of its own."""
+        return bool(json.loads((self.folder / "cluster.json").read_text())["namespaces"])
 
     def state(self, job: str) -> str:
         """As squeue has it; empty for a job that it has forgotten."""
