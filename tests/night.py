@@ -14,14 +14,16 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from slurm_cluster import Slurm, clean_environment
+import pytest
+from slurm_cluster import Slurm, clean_environment, need_slurm
 from watched_segmentation import image_name
 
 from hpcguard.cluster.failures import Failure, read_failures
@@ -266,3 +268,121 @@ def cluster_of(*options: object) -> Iterator[Slurm]:
         yield cluster
     finally:
         cluster.stop()
+
+
+# ----------------------------------------------------------------------------------------------------------- scenes
+MakeConfig = Callable[..., Path]
+Play = Callable[[Night], None]
+AT_ONCE = 4
+CLUSTER = ("--cpus", 2, "--memory", 4000, "--max-array-size", 3, "--grace", 60)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A run: how many images in how many units, shards and tasks."""
+
+    images: int
+    unit: int
+    shards: int
+    per_task: int
+
+
+SMALL = Shape(images=48, unit=4, shards=6, per_task=3)  # 2 units a shard, 2 tasks
+LARGE = Shape(images=160, unit=2, shards=40, per_task=5)  # 2 units a shard, 8 tasks in 3 arrays of at most 3
+
+
+@dataclass(frozen=True)
+class Scene:
+    play: Play
+    shape: Shape
+    cluster: tuple[object, ...]
+    job: dict[str, object] = field(default_factory=dict)
+    slurm: dict[str, object] = field(default_factory=dict)
+    sections: dict[str, dict[str, object]] = field(default_factory=dict)  # of the configuration
+
+
+Scenes = dict[str, Scene]
+
+
+def scene(
+    scenes: Scenes, *cluster: object, shape: Shape = SMALL, slurm: dict[str, object] | None = None,
+    sections: dict[str, dict[str, object]] | None = None, **job: object
+) -> Callable[[Play], Play]:  # fmt: skip
+    """The decorated function is a scene on such a cluster, with such array jobs."""
+
+    def register(play: Play) -> Play:
+        scenes[play.__name__] = Scene(play, shape, cluster, job, slurm or {}, sections or {})
+        return play
+
+    return register
+
+
+def settings(*lines: str) -> tuple[str, ...]:
+    return tuple(word for line in lines for word in ("--set", line))
+
+
+@pytest.fixture(scope="module")
+def write_config(make_config: MakeConfig, attributed: Path) -> Callable[..., None]:
+    weights = str(attributed / "checkpoints/baseline/model.safetensors")
+
+    def write(folder: Path, shape: Shape, slurm: dict[str, object], **sections: dict[str, object]) -> None:
+        prepare(folder)
+        cluster = {"shards": shape.shards, "slurm": {"shards_per_task": shape.per_task, **slurm}}
+        make_config(
+            folder,
+            **{
+                **sections,
+                "baseline": None,
+                "model": {"weights": weights},
+                "data": {"train_images": shape.images},
+                "attribution": {"segmentation": "watched_segmentation:segment", "unit": shape.unit},
+                "cluster": {**cluster, **sections.get("cluster", {})},
+            },
+        )
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., None]) -> Callable[[Shape], Path]:
+    """Run folders of undisturbed local runs."""
+    known: dict[Shape, Path] = {}
+
+    def make(shape: Shape) -> Path:
+        if shape not in known:
+            folder = tmp_path_factory.mktemp("local") / "here"
+            write_config(folder, shape, {})
+            done(folder, "attribute", "consolidate", str(folder / "config.yaml"))
+            known[shape] = folder / "run"
+        return known[shape]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def played(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., None]
+) -> Iterator[dict[str, Future[Night]]]:
+    """The scenes that this session asks for, AT_ONCE at a time."""
+    need_slurm()
+    base = tmp_path_factory.mktemp("night")
+
+    def play(name: str) -> Night:
+        chosen = request.module.SCENES[name]
+        began = time.monotonic()
+        job = {"cpus_per_task": 1, "memory_gb": 1.5, "minutes": 10}
+        slurm = {"attribute": {**job, **chosen.job}, "consolidate": job, **chosen.slurm}
+        write_config(base / name, chosen.shape, slurm, **chosen.sections)
+        with cluster_of(*CLUSTER, *chosen.cluster) as cluster:
+            night = Night(base / name, cluster)
+            chosen.play(night)
+        print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
+        return night
+
+    asked = [item.callspec.params["name"] for item in request.session.items if hasattr(item, "callspec")
+             and "name" in item.callspec.params and item.path == request.path]  # fmt: skip
+    pool = ThreadPoolExecutor(AT_ONCE)
+    try:
+        yield {name: pool.submit(play, name) for name in asked}
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -59,9 +59,15 @@ class Slurm:
     def tool(self, verb: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         return tool(verb, *arguments, "--folder", self.folder)
 
-    def run(self, command: str, seconds: float = 30, given: str = "") -> str:
+    def run(self, command: str, seconds: float = 30, given: str = "", environment: dict[str, str] | None = None) -> str:
         """A shell command of the cluster's, in its work folder, given this on standard input; its output."""
-        options = {"env": self.env, "cwd": self.work, "capture_output": True, "text": True, "timeout": seconds}
+        options = {
+            "env": environment or self.env,
+            "cwd": self.work,
+            "capture_output": True,
+            "text": True,
+            "timeout": seconds,
+        }
         done = subprocess.run(["bash", "-c", command], input=given, **options)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout.strip()

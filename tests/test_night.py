@@ -1,3 +1,4 @@
+# ruff: noqa: F811 - fixtures are imported, and arguments have their names
 """Attribution on a real Slurm through a bad night: it ends by itself, with the bytes of an undisturbed local run.
 
 Each scene has a run and a cluster of its own, and several are played at once: they mostly wait for Slurm.
@@ -8,66 +9,20 @@ import os
 import shlex
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
-from night import Night, assert_same, cluster_of, done, prepare
-from slurm_cluster import need_slurm
+from night import LARGE, Night, Scenes, Shape, assert_same, local, played, scene, settings, write_config  # noqa: F401
 
-MakeConfig = Callable[..., Path]
-Play = Callable[[Night], None]
-AT_ONCE = 4
-CLUSTER = ("--cpus", 2, "--memory", 4000, "--max-array-size", 3, "--grace", 60)
-KILLS_FOR_MEMORY = ("JobAcctGatherType=jobacct_gather/linux", "JobAcctGatherFrequency=task=1",
-                    "JobAcctGatherParams=OverMemoryKill")  # fmt: skip
+SCENES: Scenes = {}
+KILLS_FOR_MEMORY = (
+    "JobAcctGatherType=jobacct_gather/linux", "JobAcctGatherFrequency=task=1", "JobAcctGatherParams=OverMemoryKill",
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A run: how many images in how many units, shards and tasks."""
-
-    images: int
-    unit: int
-    shards: int
-    per_task: int
-
-
-SMALL = Shape(images=48, unit=4, shards=6, per_task=3)  # 2 units a shard, 2 tasks
-LARGE = Shape(images=160, unit=2, shards=40, per_task=5)  # 2 units a shard, 8 tasks in 3 arrays of at most 3
-
-
-@dataclass(frozen=True)
-class Scene:
-    play: Play
-    shape: Shape
-    cluster: tuple[object, ...]
-    job: dict[str, object] = field(default_factory=dict)
-    slurm: dict[str, object] = field(default_factory=dict)
-
-
-SCENES: dict[str, Scene] = {}
-
-
-def scene(
-    *cluster: object, shape: Shape = SMALL, slurm: dict[str, object] | None = None, **job: object
-) -> Callable[[Play], Play]:
-    def register(play: Play) -> Play:
-        SCENES[play.__name__] = Scene(play, shape, cluster, job, slurm or {})
-        return play
-
-    return register
-
-
-def settings(*lines: str) -> tuple[str, ...]:
-    return tuple(word for line in lines for word in ("--set", line))
-
-
-# ------------------------------------------------------------------------------------------------------------ scenes
-@scene("--nodes", 1, slurm={"signal_seconds": 1}, minutes=1)
+@scene(SCENES, "--nodes", 1, slurm={"signal_seconds": 1}, minutes=1)
 def time_out(night: Night) -> None:
     """Told so 29 to 59 s after their start, for Slurm looks every 30 s; ten seconds a unit, and six units a task."""
     night.pause(2.5)
@@ -80,7 +35,7 @@ def time_out(night: Night) -> None:
     assert night.settled() == ["complete"]
 
 
-@scene("--nodes", 1)
+@scene(SCENES, "--nodes", 1)
 def killed(night: Night) -> None:
     """kill -9 of a worker, which its task replaces, and of all processes of a task, which is submitted again."""
     worker, task = night.image(5), night.image(29)
@@ -100,7 +55,7 @@ def killed(night: Night) -> None:
     assert night.status()["interrupted"] == {"killed": 2}
 
 
-@scene("--nodes", 1)
+@scene(SCENES, "--nodes", 1)
 def requeued(night: Night) -> None:
     """scontrol requeue of one array task: the other goes on undisturbed."""
     one, other = night.image(5), night.image(29)
@@ -119,7 +74,7 @@ def requeued(night: Night) -> None:
     assert night.status()["interrupted"] == {"requeued": 1}
 
 
-@scene("--nodes", 1)
+@scene(SCENES, "--nodes", 1)
 def pre_empted(night: Night) -> None:
     """Both tasks finish the unit that they are at, and lose nothing."""
     images = (night.image(5), night.image(29))
@@ -139,7 +94,7 @@ def pre_empted(night: Night) -> None:
     assert night.status()["interrupted"] == {"pre-empted": 2}
 
 
-@scene("--nodes", 2)
+@scene(SCENES, "--nodes", 2)
 def node_lost(night: Night) -> None:
     """kill -9 of slurmd, steps and tasks of a node: Slurm starts its tasks again on another."""
     images = (night.image(5), night.image(29))
@@ -158,7 +113,7 @@ def node_lost(night: Night) -> None:
     assert night.status()["interrupted"] == {night.node_failure(): 2}
 
 
-@scene("--nodes", 2)
+@scene(SCENES, "--nodes", 2)
 def slurmd_lost(night: Night) -> None:
     """kill -9 of slurmd alone: its tasks go on computing while Slurm runs them again on another node."""
     images = (night.image(5), night.image(29))
@@ -175,7 +130,7 @@ def slurmd_lost(night: Night) -> None:
     assert night.settled() == ["complete"]
 
 
-@scene("--nodes", 1, *settings(*KILLS_FOR_MEMORY))
+@scene(SCENES, "--nodes", 1, *settings(*KILLS_FOR_MEMORY))
 def out_of_memory(night: Night) -> None:
     """Slurm kills a task; its shard is tried again with smaller batches."""
     hog = night.image(5)
@@ -190,7 +145,7 @@ def out_of_memory(night: Night) -> None:
     assert batches[0] == batches[3] // 2
 
 
-@scene("--nodes", 1)
+@scene(SCENES, "--nodes", 1)
 def truncated(night: Night) -> None:
     """A published shard loses its end: it alone is computed again."""
     other = night.image(29)
@@ -206,7 +161,7 @@ def truncated(night: Night) -> None:
     assert "bytes differ" in json.dumps(night.status()["slurm"]["submissions"][1]["why"])
 
 
-@scene("--nodes", 1)
+@scene(SCENES, "--nodes", 1)
 def duplicate(night: Night) -> None:
     """The same task a second time while it runs: what one computes, the other leaves alone."""
     image = night.image(5)
@@ -246,7 +201,7 @@ def _others_that_look_at(path: Path, holder: int) -> bool:
     return False
 
 
-@scene("--nodes", 3, shape=LARGE)
+@scene(SCENES, "--nodes", 3, shape=LARGE)
 def quiet(night: Night) -> None:
     """Nothing happens: 40 shards on 3 nodes, with an array at most 3 tasks long."""
     assert "40 shards in 8 tasks" in night.submit()
@@ -259,7 +214,7 @@ def quiet(night: Night) -> None:
     assert len({call["node"] for call in night.calls()}) == (3 if night.cluster.separate else 1)
 
 
-@scene("--nodes", 3, *settings(*KILLS_FOR_MEMORY), shape=LARGE, slurm={"signal_seconds": 1}, minutes=1)
+@scene(SCENES, "--nodes", 3, *settings(*KILLS_FOR_MEMORY), shape=LARGE, slurm={"signal_seconds": 1}, minutes=1)
 def bad_night(night: Night) -> None:
     """All of that in one run. Task k has shards 5k to 5k + 4, ten units, twenty images."""
     worker, task, again, hog = (night.image(20 * k + 7) for k in range(4))
@@ -290,70 +245,6 @@ def bad_night(night: Night) -> None:
     assert kinds.keys() >= {"killed", "requeued", "out-of-memory", "time-out", night.node_failure()}, night.story()
     costly = kinds["killed"] + kinds["requeued"] + kinds["out-of-memory"] + kinds["node-failure"]
     assert sum(night.twice().values()) - len(night.twice()) <= costly + 2  # the truncated shard's own two units
-
-
-# ------------------------------------------------------------------------------------------------------------- tests
-@pytest.fixture(scope="module")
-def write_config(make_config: MakeConfig, attributed: Path) -> Callable[[Path, Shape, dict[str, object]], None]:
-    weights = str(attributed / "checkpoints/baseline/model.safetensors")
-
-    def write(folder: Path, shape: Shape, slurm: dict[str, object]) -> None:
-        prepare(folder)
-        make_config(
-            folder,
-            baseline=None,
-            model={"weights": weights},
-            data={"train_images": shape.images},
-            attribution={"segmentation": "watched_segmentation:segment", "unit": shape.unit},
-            cluster={"shards": shape.shards, "slurm": {"shards_per_task": shape.per_task, **slurm}},
-        )
-
-    return write
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., None]) -> Callable[[Shape], Path]:
-    """Run folders of undisturbed local runs."""
-    known: dict[Shape, Path] = {}
-
-    def make(shape: Shape) -> Path:
-        if shape not in known:
-            folder = tmp_path_factory.mktemp("local") / "here"
-            write_config(folder, shape, {})
-            done(folder, "attribute", "consolidate", str(folder / "config.yaml"))
-            known[shape] = folder / "run"
-        return known[shape]
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def played(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., None]
-) -> Iterator[dict[str, Future[Night]]]:
-    """The scenes that this session asks for, AT_ONCE at a time."""
-    need_slurm()
-    base = tmp_path_factory.mktemp("night")
-
-    def play(name: str) -> Night:
-        chosen = SCENES[name]
-        began = time.monotonic()
-        job = {"cpus_per_task": 1, "memory_gb": 1.5, "minutes": 10}
-        slurm = {"attribute": {**job, **chosen.job}, "consolidate": job, **chosen.slurm}
-        write_config(base / name, chosen.shape, slurm)
-        with cluster_of(*CLUSTER, *chosen.cluster) as cluster:
-            night = Night(base / name, cluster)
-            chosen.play(night)
-        print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
-        return night
-
-    asked = [item.callspec.params["name"] for item in request.session.items if hasattr(item, "callspec")
-             and "name" in item.callspec.params and item.path == Path(__file__)]  # fmt: skip
-    pool = ThreadPoolExecutor(AT_ONCE)
-    try:
-        yield {name: pool.submit(play, name) for name in asked}
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize("name", SCENES)
