@@ -57,6 +57,13 @@ class RunFolder:
     def journals(self, index: int) -> list[Path]:
         return sorted(self.unfinished.glob(f"{index:05d}.*.units"))
 
+    def all_journals(self) -> dict[int, list[Path]]:
+        """Journals by shard, looked up once for many shards."""
+        found: dict[int, list[Path]] = {}
+        for path in sorted(self.unfinished.glob("*.units")):
+            found.setdefault(int(path.name.split(".", 1)[0]), []).append(path)
+        return found
+
     def lock(self, index: int) -> Path:
         """Locked by the process that computes a shard."""
         return self.unfinished / f"{index:05d}.lock"

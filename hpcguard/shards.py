@@ -112,9 +112,7 @@ class ShardTask:
 
     def _explainer(self, index: int, slot: int) -> "Explainer":
         device, predict = self._model = self._model or self._load(slot)
-        killed = sum(
-            failure.kind == "out-of-memory" and failure.shard == index for failure in read_failures(self.folder)
-        )
+        killed = sum(failure.kind == "out-of-memory" for failure in read_failures(self.folder, index))
         batch = max(1, self.config.attribution.batch_size >> killed)
         return Explainer(self.config, self.images, predict, device, self.workers, batch)
 

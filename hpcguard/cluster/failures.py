@@ -71,22 +71,31 @@ def record(folder: RunFolder, failure: Failure) -> None:
     write_json(folder.failure(failure.shard, failure.attempt), {**asdict(failure), "time": time.time()})
 
 
-def read_failures(folder: RunFolder) -> list[Failure]:
-    """All records that nobody has forgiven, oldest first; damaged ones are told of as unknown."""
+def read_failures(folder: RunFolder, shard: int | None = None) -> list[Failure]:
+    """All records that nobody has forgiven, or a shard's, oldest first; damaged ones are told of as unknown."""
     found = []
-    for path in folder.failures.glob("*.json"):
+    for path in folder.failures.glob("*.json" if shard is None else f"{shard:05d}.*.json"):
         try:
             values: dict[str, Any] = read_json(path, "remove it", shard=int, kind=str)
             found.append(Failure(**values))
         except (InputError, TypeError) as error:
-            shard, attempt = path.name.removesuffix(".json").split(".", 1)
-            found.append(Failure(int(shard), attempt, "unknown", True, f"{path}: damaged ({error})"))
+            number, attempt = path.name.removesuffix(".json").split(".", 1)
+            found.append(Failure(int(number), attempt, "unknown", True, f"{path}: damaged ({error})"))
     return sorted(found, key=lambda failure: failure.time)
+
+
+def by_shard(failures: Sequence[Failure]) -> dict[int, list[Failure]]:
+    """The records of each shard that has any, in their order."""
+    grouped: dict[int, list[Failure]] = {}
+    for failure in failures:
+        grouped.setdefault(failure.shard, []).append(failure)
+    return grouped
 
 
 def forgive(folder: RunFolder, shards: Sequence[int]) -> int:
     """Take the records of these shards out of account, so that they are tried afresh; how many there were."""
-    paths = [path for shard in shards for path in folder.failures.glob(f"{shard:05d}.*.json")]
+    wanted = {f"{shard:05d}" for shard in shards}
+    paths = [path for path in folder.failures.glob("*.json") if path.name.split(".", 1)[0] in wanted]
     for path in paths:
         path.replace(Path(f"{path}{FORGIVEN}"))
     return len(paths)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from hpcguard.cluster import slurm
 from hpcguard.cluster.dispatch import SUBMITTED_AGAIN, Task, describe, submit
-from hpcguard.cluster.failures import Failure, Kind, read_failures, record
+from hpcguard.cluster.failures import Failure, Kind, by_shard, read_failures, record
 from hpcguard.cluster.submission import (
     Submission,
-    last_task,
+    last_tasks,
     read_submission,
     read_submissions,
     rounds,
@@ -59,8 +59,7 @@ def settle(config: Config, run: RunFolder, problems: dict[int, str], own: Submis
         alive = shards_in_queue(submissions, queue)
         missing = [shard for shard in problems if shard not in alive]
         states = _record_ends(run, submissions, missing)
-        held = {shard: rounds(submissions, shard) for shard in missing}
-        decision = decide(missing, read_failures(run), states, held, config.cluster)
+        decision = decide(missing, read_failures(run), states, rounds(submissions), config.cluster)
         if own.stopped.exists():
             decision = Decision({}, {shard: decision.given_up.get(shard, "stopped early") for shard in missing})
         why = [f"shard {shard:05d}: {problems[shard]}: {reason}" for shard, reason in decision.given_up.items()]
@@ -88,20 +87,22 @@ def _end(own: Submission, state: str, why: list[str], following: int | None = No
 
 def _record_ends(run: RunFolder, submissions: Sequence[Submission], missing: Sequence[int]) -> dict[int, str]:
     """Slurm's state of each shard's last task; a record of those that began and ended without a word of their own."""
-    tasks = {shard: task for shard in missing if (task := last_task(submissions, shard))}
+    last = last_tasks(submissions)
+    tasks = {shard: last[shard] for shard in missing if shard in last}
     states = slurm.states(sorted(set(tasks.values())))
-    failures = read_failures(run)
+    failures = by_shard(read_failures(run))
+    journals = run.all_journals()
     for shard, task in tasks.items():
-        begun = [path.name.split(".", 1)[1].removesuffix(".units") for path in run.journals(shard)]
+        begun = [path.name.split(".", 1)[1].removesuffix(".units") for path in journals.get(shard, [])]
         begun = [attempt for attempt in begun if attempt.startswith(f"{task}.r")]
         # An attempt is JOB.rRESTARTS.HOST-..., and that of a record may say more behind the host.
-        if not begun or any(f.shard == shard and f.attempt.startswith(begun[-1].rsplit("-", 1)[0]) for f in failures):
+        if not begun or any(f.attempt.startswith(begun[-1].rsplit("-", 1)[0]) for f in failures.get(shard, [])):
             continue
         state = states.get(task, "unknown")
         log = _log(submissions, task)
         # To Slurm a batch script whose srun was killed for its memory has FAILED.
         kind = ENDS.get(state) or ("out-of-memory" if log and _killed_for_memory(Path(log)) else "killed")
-        before = any(failure.shard == shard and failure.kind == "out-of-memory" for failure in failures)
+        before = any(failure.kind == "out-of-memory" for failure in failures.get(shard, []))
         attempt = begun[-1]
         # Out of memory is answered by smaller batches first, and is final the second time: then by more memory.
         record(run, Failure(
@@ -144,9 +145,9 @@ def decide(
     rounds: submissions that held the shard since it was last forgiven.
     """
     decision = Decision()
+    grouped = by_shard(failures)
     for shard in missing:
-        own = [failure for failure in failures if failure.shard == shard]
-        verdict = _one(own, states.get(shard, ""), rounds.get(shard, 0), config)
+        verdict = _one(grouped.get(shard, []), states.get(shard, ""), rounds.get(shard, 0), config)
         if isinstance(verdict, str):
             decision.given_up[shard] = verdict
         else:

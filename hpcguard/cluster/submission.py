@@ -104,26 +104,25 @@ def shards_in_queue(submissions: Sequence[Submission], queue: Iterable[QueuedJob
     return {shard: queued for queued in queue for shard in tasks.get(queued.id, [])}
 
 
-def last_task(submissions: Sequence[Submission], shard: int) -> str | None:
-    """Slurm's id of the newest array task that held a shard."""
-    for submission in reversed(submissions):
-        for job in submission.jobs:
-            ids = job.ids() if job.kind == ATTRIBUTE else []
-            for index, id in enumerate(ids):
-                if shard in submission.tasks[job.first_task + index]:
-                    return id
-    return None
+def last_tasks(submissions: Sequence[Submission]) -> dict[int, str]:
+    """Slurm's id of the newest array task that held each shard."""
+    return {
+        shard: id
+        for submission in submissions
+        for job in submission.jobs
+        if job.kind == ATTRIBUTE
+        for index, id in enumerate(job.ids())
+        for shard in submission.tasks[job.first_task + index]
+    }
 
 
-def rounds(submissions: Sequence[Submission], shard: int) -> int:
-    """Submissions that held a shard since a person last submitted it, that one included."""
-    count = 0
-    for submission in reversed(submissions):
-        if any(shard in task for task in submission.tasks):
-            count += 1
-            if submission.by_hand:
-                break
-    return count
+def rounds(submissions: Sequence[Submission]) -> dict[int, int]:
+    """How many submissions held each shard since a person last submitted it, that one included."""
+    counts: dict[int, int] = {}
+    for submission in submissions:
+        for shard in (shard for task in submission.tasks for shard in task):
+            counts[shard] = 1 if submission.by_hand else counts.get(shard, 0) + 1
+    return counts
 
 
 def _absolute(config: Config) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from slurm_cluster import Slurm
 from hpcguard.array_task import array_task
 from hpcguard.cluster import dispatch, sbatch, slurm, submit
 from hpcguard.cluster.packing import Chunk
-from hpcguard.cluster.submission import Job, Submission, last_task, new_submission, read_submissions, rounds
+from hpcguard.cluster.submission import Job, Submission, last_tasks, new_submission, read_submissions, rounds
 from hpcguard.config import Config, SlurmConfig, load_config
 from hpcguard.errors import InputError
 from hpcguard.runs import RunFolder
@@ -212,10 +212,10 @@ def test_submissions_know_their_tasks_and_rounds(tmp_path: Path) -> None:
     found[1].add(Job("consolidate", "16"))
     found = read_submissions(run)
     assert [submission.number for submission in found] == [1, 2, 3]
-    assert [last_task(found, shard) for shard in (0, 1, 2, 3)] == ["12_0", "15", "12_1", None]
-    assert [rounds(found, shard) for shard in (0, 1, 2, 3)] == [1, 3, 2, 0]
+    assert last_tasks(found) == {0: "12_0", 1: "15", 2: "12_1"}
+    assert rounds(found) == {0: 1, 1: 3, 2: 2}
     new_submission(run, config, [[1]], True)
-    assert rounds(read_submissions(run), 1) == 1
+    assert rounds(read_submissions(run))[1] == 1
     recorded = load_config(found[0].config)
     assert recorded.data.root == Path("relative").resolve()
     assert recorded.model_copy(update={"data": config.data}) == config
