@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from hpcguard.cluster import slurm, submit
 from hpcguard.cluster.attempt import Attempt, new_attempt, run_attempt
 from hpcguard.cluster.failures import Kind, Problem, read_failures
-from hpcguard.cluster.local import Report
+from hpcguard.cluster.local import Outcome, Report
 from hpcguard.cluster.plan import Plan, read_plan
 from hpcguard.cluster.submission import Submission, read_submission
 from hpcguard.config import Config, load_config
+from hpcguard.errors import InputError
 from hpcguard.progress import say
-from hpcguard.runs import RunFolder, publish_json_once
+from hpcguard.runs import RunFolder, publish_json_once, size
 
 LINGER_S = 60.0  # after asking to be requeued
 
@@ -37,30 +38,38 @@ def array_task(number: int) -> None:
     _note_restart(attempt, shards)
     started = time.monotonic()
     workers = min(len(shards), config.cluster.workers_of_a_task)
-    outcome = run_attempt(attempt, _ShardTask(config, plan, workers, attempt.name), shards, workers, config.cluster)
-    if attempt.stopped_because:
-        _stop_submission(submission, attempt.stopped_because)
-    elif outcome.stopped and not submission.stopped.exists():
-        _requeue(attempt, outcome.stopped, config.cluster.slurm.attribute.minutes, time.monotonic() - started)
+    task = _ShardTask(config, plan, workers, attempt.name)
+    try:
+        outcome = run_attempt(attempt, task, shards, workers, config.cluster)
+    except InputError as error:  # of this node or of the run: the others may tell the same
+        attempt.end(shards[0], Problem("error", str(error), str(error)), config.cluster.equal_errors)
+        _stop_if_told(submission, attempt)
+        raise
+    _stop_if_told(submission, attempt)
+    if outcome.stopped and not attempt.stopped_because and not submission.stopped.exists():
+        _requeue(attempt, outcome, config.cluster.slurm.attribute.minutes, time.monotonic() - started)
     raise SystemExit(0 if len(outcome.done) == len(shards) else 1)
 
 
-def _stop_submission(submission: Submission, why: str) -> None:
-    """The rest would fail too: tell the running tasks, and take back those that wait."""
-    publish_json_once(submission.stopped, {"why": why, "time": time.time()})
-    slurm.cancel([job.job for job in submission.jobs if job.kind == "attribute"], pending_only=True)
+def _stop_if_told(submission: Submission, attempt: Attempt) -> None:
+    """Where the rest would fail too: tell the running tasks, and take back those that wait."""
+    if attempt.stopped_because:
+        publish_json_once(submission.stopped, {"why": attempt.stopped_because, "time": time.time()})
+        jobs = read_submission(submission.folder).jobs  # more may have been submitted since we began
+        slurm.cancel([job.job for job in jobs if job.kind == "attribute"], pending_only=True)
 
 
-def _requeue(attempt: Attempt, stopped: list[int], minutes: int, seconds: float) -> None:
+def _requeue(attempt: Attempt, outcome: Outcome, minutes: int, seconds: float) -> None:
     """Slurm has warned us: note why, and ask to be run again; not where a whole time limit brought nothing."""
     kind: Kind = "pre-empted" if slurm.was_preempted(attempt.job or "") else "time-out"
-    journals = {shard: attempt.own_journals(shard) for shard in stopped}
-    begun = [shard for shard in stopped if journals[shard]] or stopped[:1]
-    fruitless = kind == "time-out" and not any(path.stat().st_size for paths in journals.values() for path in paths)
+    begun = [shard for shard in outcome.stopped if attempt.own_journals(shard)]
+    units = sum(size(path) for shard in begun for path in attempt.own_journals(shard))
+    # A task that waited for another one's shard, or came to its last one late, has not wasted its time.
+    fruitless = kind == "time-out" and bool(begun) and not units and not outcome.done
     message = f"{kind} after {seconds:.0f} s"
     if fruitless:
         message += f" without finishing a unit: raise cluster.slurm.attribute.minutes = {minutes}"
-    for shard in begun:
+    for shard in begun or outcome.stopped[:1]:
         attempt.record(shard, Problem(kind, message), final=fruitless)
     if fruitless:
         return

@@ -8,6 +8,7 @@ and data, never on the number of shards, workers or nodes.
 
 import argparse
 import time
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from hpcguard.cluster.devices import pick_device
 from hpcguard.cluster.failures import forgive
 from hpcguard.cluster.plan import Plan, agree_on_plan, attribution_identity, make_plan, require_plan
 from hpcguard.cluster.settle import settle, settling
-from hpcguard.cluster.submission import read_submissions, shards_in_queue
+from hpcguard.cluster.submission import ATTRIBUTE, parse_name, read_submissions, shards_in_queue
 from hpcguard.config import Config
 from hpcguard.data import ImageSet, load_images
 from hpcguard.models import check_answers, load_model
@@ -50,9 +51,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true",
         help="print plan, shards, an estimate of the cost and, for Slurm, the exact sbatch text; start nothing",
     )  # fmt: skip
-    parser.add_argument(
-        "--retry", action="store_true", help="try shards again that were given up (`hpcguard retry` is this)"
-    )
     parser.add_argument("--settle", type=int, metavar="NUMBER", help=argparse.SUPPRESS)  # of a submission, by its job
 
 
@@ -64,13 +62,13 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
     if arguments.settle is not None:
         with settling(folder, arguments.settle) as submission:
             plan = _agreed_plan(config, images, folder)
-            problems = shard_problems(folder, plan, images.ids, values=True)
+            problems = shard_problems(folder, plan, images.ids)
             return settle(config, folder, problems, submission, array_task)
     plan = _agreed_plan(config, images, folder)
     problems = shard_problems(folder, plan, images.ids)
     _say_what_remains(problems, plan, folder)
     if config.cluster.executor == "slurm":
-        return _submit(config, folder, plan, sorted(problems), arguments.retry)
+        return _submit(config, folder, plan, sorted(problems))
     forgive(folder, list(problems))
     return _run_here(config, folder, plan, sorted(problems)) if problems else 0
 
@@ -103,9 +101,19 @@ def _say_what_remains(problems: dict[int, str], plan: Plan, folder: RunFolder) -
         return
     done = plan.num_shards - len(problems)
     say(f"attribute: {plan.num_images} images in {plan.num_shards} shards; {done} done, {len(problems)} to do")
+    say(f"  missing: {ranges([index for index, problem in problems.items() if problem == 'missing'])}")
     for index, problem in problems.items():
         if problem != "missing":
             say(f"  shard {index:05d}: {problem}; doing it again")
+
+
+def ranges(numbers: list[int]) -> str:
+    """Ascending numbers in short: 0-3, 7, 9-10."""
+    breaks = [place for place in range(1, len(numbers)) if numbers[place] != numbers[place - 1] + 1]
+    parts = [numbers[start:end] for start, end in pairwise([0, *breaks, len(numbers)])]
+    texts = [str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts if part]
+    more = [f"and {len(texts) - 12} more ranges"] if len(texts) > 12 else []
+    return ", ".join([*texts[:12], *more]) or "none"
 
 
 def _say_quarantined(folder: RunFolder, plan: Plan) -> None:
@@ -133,27 +141,23 @@ def _run_here(config: Config, folder: RunFolder, plan: Plan, todo: list[int]) ->
     return 0
 
 
-def _submit(config: Config, folder: RunFolder, plan: Plan, missing: list[int], retry: bool) -> int:
+def _submit(config: Config, folder: RunFolder, plan: Plan, missing: list[int]) -> int:
     """As Slurm arrays, with the jobs that follow; returns as soon as they are in the queue."""
     with exclusive(folder.slurm):
-        queue = slurm.queue_of(folder.path)
-        if retry or not queue:
-            say(f"attribute: {forgive(folder, missing)} record(s) of failed attempts put aside")
-        if caretakers := [job for job in queue if job.name.startswith("hpcguard-consolidate-")]:
-            say(
-                f"  nothing submitted: job {caretakers[0].id} waits for what is running, and submits again what is left"
-            )
+        queue = [job for job in slurm.queue_of(folder.path) if job.id != slurm.own_job()]
+        if followers := [job for job in queue if parse_name(job.name)[0] != ATTRIBUTE]:
+            say(f"  nothing submitted: {', '.join(f'{job.name} is {job.state}' for job in followers)}")
+            say("  what is missing when the arrays end is submitted again by the job called consolidate")
             say(f"  watch it with `hpcguard status {folder.path} --watch`, end it with `hpcguard cancel {folder.path}`")
             return 0
-        if queue and not missing:
-            say(f"  nothing submitted: {', '.join(f'{job.name} is {job.state}' for job in queue)}")
-            return 0
+        if forgiven := forgive(folder, missing):
+            say(f"  {forgiven} record(s) of failed attempts put aside")
         consolidated = not view_problem(folder.store, folder.store_manifest, plan.fingerprint)
         if consolidated and not missing and not config.cluster.slurm.then:
             return 0
         alive = shards_in_queue(read_submissions(folder), queue)
         memory = {shard: config.cluster.slurm.attribute.memory_gb for shard in missing if shard not in alive}
-        waits_for = sorted({job.id for job in alive.values()})
+        waits_for = sorted({job.array for job in alive.values()})
         submission = dispatch.submit(config, folder, memory, array_task, waits_for=waits_for)
     say(f"attribute: submission {submission.number}, in {submission.folder}")
     for line in dispatch.describe(submission):
@@ -202,6 +206,8 @@ def _say_cost(config: Config, images: ImageSet, plan: Plan, left: int) -> None:
     if on_slurm:
         what = "GPU-hours" if asked.attribute.gpus_per_node else "worker-hours"
         say(f"             {seconds * left / 3600:.2f} {what} at this rate; cluster.images_per_second states another")
+        if asked.attribute.gpus_per_node and not (config.cluster.images_per_second or torch.cuda.is_available()):
+            say("             but there is no GPU here: give cluster.images_per_second for an estimate that means much")
 
 
 def _say_scripts(config: Config, folder: RunFolder, missing: list[int]) -> None:

@@ -7,15 +7,16 @@ import argparse
 from collections import Counter
 
 from hpcguard.cluster import slurm
-from hpcguard.cluster.overview import JOB_NAME
+from hpcguard.cluster.submission import ATTRIBUTE, parse_name
 from hpcguard.config import Config
 from hpcguard.errors import InputError
 from hpcguard.progress import say
-from hpcguard.runs import RunFolder
+from hpcguard.runs import RunFolder, exclusive
 
 EXAMPLE = ("python -m hpcguard.cancel runs/quickstart --dry-run", "python -m hpcguard.cancel runs/quickstart")
 SECTIONS = ("run",)
 ROUNDS = 3
+PATIENCE_S = 120.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,13 +36,13 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
         say(f"dry run: {_number(jobs)} of {folder.path} would be cancelled")
         return 0
     cancelled: set[str] = set()
-    for _ in range(ROUNDS):
-        # A job that looks after the arrays may be submitting more just now: look again.
-        new = [job for job in _jobs(folder) if job.array not in cancelled]
-        if not new:
-            break
-        slurm.cancel(order(new))
-        cancelled |= {job.array for job in new}
+    with exclusive(folder.slurm, PATIENCE_S):  # who submits more just now comes first
+        for _ in range(ROUNDS):
+            new = [job for job in _jobs(folder) if job.array not in cancelled]
+            if not new:
+                break
+            slurm.cancel(order(new))
+            cancelled |= {job.array for job in new}
     say(f"cancel: {_number(jobs)} of {folder.path} cancelled; `python -m hpcguard.attribute` would go on from there")
     return 0
 
@@ -51,8 +52,9 @@ def _jobs(folder: RunFolder) -> list[slurm.QueuedJob]:
 
 
 def order(jobs: list[slurm.QueuedJob]) -> list[str]:
-    """Ids of whole arrays, attribution last: a job that waits for its end would start, and submit the rest again."""
-    return [array for _, array in sorted({(_kind(job) == "attribute", job.array) for job in jobs})]
+    """Ids of whole arrays, those first that wait for others: they would start, and submit again what is cancelled."""
+    arrays = {(_kind(job) == ATTRIBUTE, -int(job.array)): job.array for job in jobs}
+    return [arrays[key] for key in sorted(arrays)]
 
 
 def _say_jobs(jobs: list[slurm.QueuedJob]) -> None:
@@ -65,13 +67,12 @@ def _say_jobs(jobs: list[slurm.QueuedJob]) -> None:
 
 
 def _kind(job: slurm.QueuedJob) -> str:
-    name = JOB_NAME.fullmatch(job.name)
-    return name[1] if name else job.name
+    return parse_name(job.name)[0] or job.name
 
 
 def _submission(job: slurm.QueuedJob) -> str:
-    name = JOB_NAME.fullmatch(job.name)
-    return f"submission {name[2]}" if name else ""
+    kind, number, _ = parse_name(job.name)
+    return f"submission {number:04d}" if kind else ""
 
 
 def _number(jobs: list[slurm.QueuedJob]) -> str:

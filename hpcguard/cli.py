@@ -20,8 +20,8 @@ from hpcguard.runs import check_private
 
 STAGES = ("attribute", "consolidate", "refine", "evaluate", "report", "status", "cancel")
 LOOKING = ("status", "report")  # read others' run folders and run nothing of theirs
-ALIASES = {"retry": ("attribute", ["--retry"])}
-ALIAS_HELP = {"retry": "Try the shards that have failed again: attribute --retry."}
+ALIASES = {"retry": "attribute"}
+ALIAS_HELP = {"retry": "Try what was given up again, with all that follows: attribute by another name."}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,8 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"hpcguard {__version__}")
         return 0
     if given and given[0] in ALIASES:
-        stage, options = ALIASES[given[0]]
-        return run_stage(stage, [*given[1:], *options])
+        return run_stage(ALIASES[given[0]], given[1:])
     names = list(itertools.takewhile(STAGES.__contains__, given))
     if names:
         return _run_in_order(names, given[len(names) :])
@@ -66,10 +65,9 @@ def run_stage(name: str, given: list[str] | None = None) -> int:
     parser = _parser(name, stage)
     try:
         arguments = parser.parse_intermixed_args(sys.argv[1:] if given is None else given)
-        source = Path(arguments.config)
-        if source.is_dir() and name not in LOOKING:
-            check_private(source)  # its config.yaml may name code to be run
-        config = load_config(source, arguments.overrides)
+        config = load_config(Path(arguments.config), arguments.overrides)
+        if config.run.is_dir() and name not in LOOKING:
+            check_private(config.run)  # its files may name code to be run
         return int(stage.run(config, arguments))
     except InputError as error:
         tell_fault(f"hpcguard {name}: {rank_name()}{' '.join(str(error).split())}")

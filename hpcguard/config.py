@@ -165,9 +165,14 @@ class LimeConfig(Section):
 
 OWN_OPTIONS = frozenset(
     """array begin chdir comment dependency error export export-file get-user-env input job-name kill-on-invalid-dep
-    no-requeue open-mode output parsable quiet requeue signal test-only wait wrap""".split()  # noqa: SIM905
+    no-requeue open-mode output parsable quiet requeue signal test-only wait wrap clusters""".split()  # noqa: SIM905
 )
 """sbatch options that hpcguard sets itself, or relies on."""
+OWN_KEYS = {
+    "time": "minutes", "mem": "memory_gb", "nodes": "nodes", "ntasks": "tasks_per_node",
+    "ntasks-per-node": "tasks_per_node", "cpus-per-task": "cpus_per_task", "gpus-per-node": "gpus_per_node",
+}  # fmt: skip
+"""sbatch options that have keys of their own."""
 
 
 def check_plain(value: str) -> str:
@@ -180,6 +185,8 @@ def check_plain(value: str) -> str:
 def check_option(name: str) -> str:
     if not re.fullmatch("[a-z][a-z-]*", name):
         raise ValueError(f"{name!r}: write the long name of an sbatch option without --, such as mem-per-cpu")
+    if name in OWN_KEYS:
+        raise ValueError(f"{name}: use {OWN_KEYS[name]} of the kind of job instead")
     if name in OWN_OPTIONS:
         raise ValueError(f"{name}: hpcguard sets it itself; leave it out")
     return name

@@ -96,8 +96,8 @@ def _publish(
         image, why = next(iter(left_out.items()))
         raise InputError(
             f"{len(left_out)} of {plan.num_images} images could not be explained, more than cluster.quarantine = "
-            f"{quarantine:g} allows; the first: image {image}: {why}; mend them, remove {folder.shards} of theirs and "
-            "attribute again, or raise cluster.quarantine"
+            f"{quarantine:g} allows; the first: image {image}: {why}; raise cluster.quarantine to go on without "
+            "them, or mend them and begin another run"
         )
     build_view(folder.store, shards, manifests, plan.fingerprint)
     summary = summarise(statistics)

@@ -251,8 +251,8 @@ def exclusive(folder: Path, patience: float = 5.0) -> Iterator[None]:
 def claimed(path: Path) -> Iterator[bool]:
     """Hold a lock file for the block, deleted after it; False if another process, on any node, holds it.
 
-    The kernel gives a lock back however its holder ends. True on a file system without locks: then work may be done
-    twice, which publishing by rename makes harmless.
+    The kernel gives a lock back however its holder ends (on NFS 3 not if the whole node does). True on a file system
+    without locks: then work may be done twice, which publishing by rename makes harmless.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     looks = 3
@@ -277,6 +277,14 @@ def claimed(path: Path) -> Iterator[bool]:
             finally:
                 path.unlink(missing_ok=True)
             return
+
+
+def size(path: Path) -> int:
+    """Bytes of a file; 0 for one that has just gone."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def is_claimed(path: Path) -> bool:

@@ -37,6 +37,7 @@ Predict = Callable[[torch.Tensor], torch.Tensor]
 MOST_SEGMENTERS = 4  # of cluster.segmenters: auto
 LOOK_AGAIN_S = 1.0  # at a shard that another process computes
 READERS = 8
+PAUSES_S = (1.0, 5.0)  # between attempts to read images
 MOST_TRIED = 64  # images looked at for one that can be read
 
 
@@ -63,6 +64,8 @@ class ShardTask:
         while True:
             with claimed(self.folder.lock(index)) as ours:
                 if not self._problem(index, ids):
+                    if ours:
+                        self._forget_journals(index)  # whoever published it was ended before it could
                     report(len(self.plan.units(index, self.images.ids)))  # another process has done it meanwhile
                     return
                 if ours:
@@ -96,7 +99,8 @@ class ShardTask:
         found: dict[int, Unit] = {}
         for path in self.folder.journals(index):
             found |= read_journal(path, self.plan.fingerprint)
-        return found
+        # Where nothing could be read, look again: the disk may be back.
+        return {number: unit for number, unit in found.items() if unit.rows}
 
     def _publish(self, index: int, ids: np.ndarray, units: Sequence[Unit]) -> None:
         narrow = labels_fit_a_byte(self.config.attribution, *self.images.shape[1:])
@@ -107,7 +111,10 @@ class ShardTask:
         writer.publish(
             ids, units, shard=index, attempts=[path.name.split(".", 1)[1].removesuffix(".units") for path in journals]
         )
-        for path in journals:
+        self._forget_journals(index)
+
+    def _forget_journals(self, index: int) -> None:
+        for path in self.folder.journals(index):
             path.unlink(missing_ok=True)
 
     def _explainer(self, index: int, slot: int) -> "Explainer":
@@ -188,18 +195,28 @@ class Explainer:
             yield from ((*block, None) for block in blocks)
 
     def _readable(self, ids: np.ndarray, broken: dict[int, str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and pixels of the images that can be read; the others go to `broken`."""
-        try:
-            return ids, self.images.images(ids)
-        except (InputError, OSError):
-            good: list[np.ndarray] = []
-            for image in ids:
-                try:
-                    good.append(self.images.images([image]))
-                except (InputError, OSError) as error:
-                    broken[int(image)] = str(error)
-            readable = np.array([image for image in ids if int(image) not in broken], ids.dtype)
-            return readable, np.concatenate(good) if good else self.images.images([])
+        """Ids and pixels of the images that can be read; the others go to `broken`. OSError if the disk gives none."""
+        for pause in (*PAUSES_S, None):
+            try:
+                return ids, self.images.images(ids)
+            except InputError:
+                break
+            except OSError:
+                if pause is None:
+                    break
+                time.sleep(pause)  # a network disk may come back
+        good: list[np.ndarray] = []
+        faults: list[Exception] = []
+        for image in ids:
+            try:
+                good.append(self.images.images([image]))
+            except (InputError, OSError) as error:
+                broken[int(image)] = str(error)
+                faults.append(error)
+        if not good and isinstance(faults[0], OSError):
+            raise faults[0]
+        readable = np.array([image for image in ids if int(image) not in broken], ids.dtype)
+        return readable, np.concatenate(good) if good else self.images.images([])
 
     def _unit(self, ids: np.ndarray, pixels: np.ndarray, segments: np.ndarray | None, broken: dict[int, str]) -> Unit:
         started = time.perf_counter()
@@ -210,13 +227,13 @@ class Explainer:
                 raise
             ids, pixels, poisoned = self._without_poisoned(ids, pixels, error)
             broken = {**broken, **poisoned}
-            rows = self._fitting(ids, pixels, None)
+            rows = self._fitting(ids, pixels, None) if len(ids) else {}
         return Unit(rows, time.perf_counter() - started, broken, self.batch_size)
 
     def _without_poisoned(
         self, ids: np.ndarray, pixels: np.ndarray, error: Exception
     ) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-        """The images of a unit that can be explained alone; if none can, it is not the images: `error` again."""
+        """The images of a unit that can be explained alone; `error` again if it is not the images."""
         poisoned: dict[int, str] = {}
         for row in range(len(ids)):
             try:
@@ -225,10 +242,21 @@ class Explainer:
                 if is_out_of_memory(alone):
                     raise
                 poisoned[int(ids[row])] = f"{type(alone).__name__}: {' '.join(str(alone).split())}"
-        if len(poisoned) == len(ids):
+        if len(poisoned) == len(ids) and not self._explains_others(ids):
             raise error
         good = np.array([int(image) not in poisoned for image in ids])
         return ids[good], pixels[good], poisoned
+
+    def _explains_others(self, ids: np.ndarray) -> bool:
+        """Whether an image outside of this unit can be explained."""
+        for image in readable_ids(self.images, len(ids) + 1):
+            if image not in ids:
+                try:
+                    self._fitting(np.array([image]), self.images.images([image]), None)
+                except Exception:
+                    return False
+                return True
+        return False
 
     def _fitting(self, ids: np.ndarray, pixels: np.ndarray, segments: np.ndarray | None) -> dict[str, np.ndarray]:
         """Rows of these images, with batches halved until they fit into memory."""

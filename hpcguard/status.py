@@ -72,7 +72,9 @@ def _look(config: Config, watcher: Watcher) -> dict[str, Any]:
     state: dict[str, Any] = {"run": str(folder.path), **_shards(watcher)}
     for example in state.get("failing", ()):
         if example["log"] and not example["tail"]:  # a killed process leaves no traceback
-            example["tail"] = log_tail(folder.path / example["log"])
+            log = (folder.path / example["log"]).resolve()
+            if log.is_relative_to(folder.path.resolve()):  # a record may say anything
+                example["tail"] = log_tail(log)
     return {
         **state,
         "store": _store(folder),

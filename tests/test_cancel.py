@@ -17,7 +17,7 @@ def cluster(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> Slurm:
 
 
 def run_folder(path: Path) -> Path:
-    path.mkdir()
+    path.mkdir(mode=0o700)
     (path / "config.yaml").write_text("data: {name: digits}\n")
     return path
 
@@ -64,7 +64,7 @@ def test_without_slurm_or_without_a_run(
 
 
 def test_attribution_is_cancelled_last() -> None:
-    """What waits for its end must be gone by then, however slowly a controller takes them one by one."""
+    """What waits for another's end must be gone before it, however slowly a controller takes them one by one."""
     names = (("12", "attribute-0001-0"), ("13", "attribute-0001-6"), ("15", "consolidate-0001"), ("16", "refine-0001"))
     jobs = [QueuedJob(id, id, None, "PENDING", "None", f"hpcguard-{name}", "/run") for id, name in names]
-    assert order(jobs) == ["15", "16", "12", "13"]
+    assert order(jobs) == ["16", "15", "13", "12"]

@@ -137,7 +137,7 @@ def test_quarantined_slowest_and_rate(folder: RunFolder, look: Any, capsys: pyte
 
 
 def shard_at(time: float, seconds: float) -> Published:
-    return Published("f", 100, seconds, "n0", time, ())
+    return Published("f", 100, None, seconds, "n0", time, ())
 
 
 def test_recent_work_of_waves_of_single_tasks_and_after_a_night() -> None:
@@ -247,7 +247,7 @@ def test_retry_is_attribute_retry(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     called: list[Any] = []
     monkeypatch.setattr("hpcguard.cli.run_stage", lambda name, given: called.append((name, given)) or 0)
     assert main(["retry", "runs/x", "cluster.workers=1"]) == 0
-    assert called == [("attribute", ["runs/x", "cluster.workers=1", "--retry"])]
+    assert called == [("attribute", ["runs/x", "cluster.workers=1"])]
     assert main(["--help"]) == 0
     assert all(name in capsys.readouterr().out for name in ALIASES)
 

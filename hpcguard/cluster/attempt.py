@@ -35,6 +35,12 @@ class Attempt:
     finished: dict[int, int] = field(default_factory=dict)  # units by shard, those of former attempts included
     stopped_because: str | None = None
 
+    def end(self, shard: int, problem: Problem, limit: int) -> None:
+        """Publish why a shard has failed, and stop if so many have by an equal error."""
+        self.record(shard, problem, final=True)
+        if problem.kind == "error":
+            self.stopped_because = _enough_errors(self.folder, limit)
+
     def own_journals(self, shard: int) -> list[Path]:
         return [path for path in self.folder.journals(shard) if f".{self.name}-" in path.name]
 
@@ -83,8 +89,7 @@ def _events(attempt: Attempt, meter: Meter, limit: int) -> Events:
     def on_end(index: int, problem: Problem | None) -> None:
         meter.note(f"shard {index:05d} {'FAILED' if problem else 'done'}")
         if problem:
-            attempt.record(index, problem, final=True)
-            attempt.stopped_because = _enough_errors(attempt.folder, limit)
+            attempt.end(index, problem, limit)
 
     return Events(on_progress, on_end, on_restart, lambda: bool(attempt.stopped_because) or attempt.told_to_stop())
 

@@ -2,14 +2,15 @@
 
 import shlex
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpcguard.cluster import sbatch, slurm
 from hpcguard.cluster.packing import Chunk, chunks, pack, shards_per_task
-from hpcguard.cluster.submission import ATTRIBUTE, Job, Submission, new_submission
+from hpcguard.cluster.submission import ATTRIBUTE, CONSOLIDATE, Job, Submission, job_name, new_submission, parse_name
 from hpcguard.cluster.submit import Array, array_text, submit_array
-from hpcguard.config import Config, JobConfig
+from hpcguard.config import Config, JobConfig, load_config
 from hpcguard.errors import InputError
 from hpcguard.runs import RunFolder
 
@@ -56,17 +57,18 @@ def arrange(
 
 
 def submit(
-    config: Config, run: RunFolder, memory: dict[int, float | None], task: Task, by_hand: bool = True,
-    waits_for: Sequence[str] = (), waiting: Sequence[Job] = (),
+    config: Config, run: RunFolder, memory: dict[int, float | None], task: Task, waits_for: Sequence[str] = (),
+    waiting: Sequence[Job] = (), history: dict[int, list[int]] | None = None,
 ) -> Submission:  # fmt: skip
     """Submit the shards in `memory` and the jobs that follow. If Slurm refuses any, all are taken back: InputError.
 
     waits_for: further jobs, already in the queue, that those which follow must wait for. waiting: jobs behind a former
-    submission's consolidation, which now wait for this one's.
+    submission's consolidation, which now wait for this one's. history: where a job and not a person submits again.
     """
+    check_next(config)
     limits = slurm.limits(*_place(config))
     tasks, parts = arrange(config, memory, limits)
-    submission = new_submission(run, config, tasks, by_hand)
+    submission = new_submission(run, config, tasks, history is None, history)
     try:
         waits = [*waits_for]
         for part in parts:
@@ -76,13 +78,29 @@ def submit(
             waits.append(id)
         _submit_followers(config, run, submission, waits, waiting)
     except InputError:
-        slurm.cancel([job.job for job in submission.jobs])
+        submission.take_back()
+        with suppress(InputError):  # the first fault is the one to tell
+            named = [job.array for job in slurm.queue_of(run.path) if parse_name(job.name)[1] == submission.number]
+            slurm.cancel(sorted({*named, *(job.job for job in submission.jobs if job not in waiting)}))
         raise
     return submission
 
 
+def check_next(config: Config) -> None:
+    """InputError unless cluster.slurm.next, if given, is a configuration of another run for Slurm."""
+    path = config.cluster.slurm.next
+    if path is None:
+        return
+    following = load_config(path.expanduser())
+    if following.cluster.executor != "slurm":
+        raise InputError(f"cluster.slurm.next = {path}: set cluster.executor to slurm in it")
+    if following.run.resolve() == config.run.resolve():
+        raise InputError(f"cluster.slurm.next = {path}: has the same run = {config.run}; give it another")
+
+
 def texts(config: Config, run: RunFolder, memory: dict[int, float | None]) -> list[str]:
     """The exact sbatch scripts that `submit` would submit, dependencies by name."""
+    check_next(config)
     _, parts = arrange(config, memory, slurm.limits(*_place(config)))
     submission = Submission(run.submission(1), 1, [])
     found = []
@@ -98,7 +116,7 @@ def texts(config: Config, run: RunFolder, memory: dict[int, float | None]) -> li
 
 
 def _array(config: Config, run: RunFolder, submission: Submission, part: Part, after: str | None) -> Array:
-    name = f"hpcguard-{ATTRIBUTE}-{submission.number:04d}-{part.chunk.first}"
+    name = job_name(ATTRIBUTE, submission.number, part.chunk.first)
     comment, folder = str(run.path.resolve()), submission.folder.resolve()
     return Array(folder, config.cluster.slurm, name, comment, part.chunk, after, part.memory_gb)
 
@@ -122,7 +140,7 @@ def followers(config: Config, path: Path, number: int) -> list[Follower]:
         'if [ "$status" != 0 ]; then exit "$status"; fi',
         stage("consolidate"),
     ]
-    found = [Follower("consolidate", asked.consolidate, settle)]
+    found = [Follower(CONSOLIDATE, asked.consolidate, settle)]
     if "refine" in asked.then:
         step = f"{shlex.join(['srun', '--kill-on-bad-exit=1', *sbatch.srun(asked, asked.refine)])} {stage('refine')}"
         found.append(Follower("refine", asked.refine, [step]))
@@ -153,7 +171,7 @@ def _submit_followers(
 
 def _text(config: Config, run: RunFolder, submission: Submission, follower: Follower, dependency: str | None) -> str:
     asked = config.cluster.slurm
-    name = f"hpcguard-{follower.kind}-{submission.number:04d}"
+    name = job_name(follower.kind, submission.number)
     log = submission.folder.resolve() / f"{follower.kind}_%j.out"
     options: dict[str, sbatch.Value] = {
         **sbatch.options(asked, follower.job),

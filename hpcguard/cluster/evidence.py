@@ -14,7 +14,7 @@ from hpcguard.cluster import slurm
 from hpcguard.cluster.overview import Evidence, Published, Submission, is_done, queued_shards, recent_submissions
 from hpcguard.cluster.plan import Plan, read_plan
 from hpcguard.errors import InputError
-from hpcguard.runs import RunFolder, is_claimed
+from hpcguard.runs import RunFolder, is_claimed, size
 
 Stamp = tuple[int, int]
 LOG_TAIL_BYTES = 4096
@@ -66,9 +66,10 @@ class Watcher:
                     continue
                 yield entry.name.removesuffix(".json"), (status.st_mtime_ns, status.st_ino)
 
-    def _shards(self, plan: Plan) -> tuple[dict[int, Published | str], frozenset[int]]:
-        names = {entry.name for entry in scan(self.folder.shards)}
-        files = frozenset(index for index in range(plan.num_shards) if self.folder.shard(index).name in names)
+    def _shards(self, plan: Plan) -> tuple[dict[int, Published | str], dict[int, int]]:
+        entries = {entry.name: entry for entry in scan(self.folder.shards)}
+        names = {index: self.folder.shard(index).name for index in range(plan.num_shards)}
+        files = {index: size(Path(entries[name])) for index, name in names.items() if name in entries}
         stamps = dict(self._json_files(self.folder.shards))
         published = {}
         for index in range(plan.num_shards):
@@ -200,11 +201,11 @@ def read_manifest(path: Path) -> Published | str:
         if values.get("shard", int(path.stem)) != int(path.stem):
             return f"{path.name}: of another shard"
         moment = values.get("published")
-        return Published(
-            str(values["fingerprint"]), int(values["rows"]), float(values.get("seconds") or 0), values.get("host"),
-            float(path.stat().st_mtime if moment is None else moment),
-            tuple((int(row["image"]), str(row["why"])) for row in values.get("quarantined") or []),
-        )  # fmt: skip
+        quarantined = tuple((int(row["image"]), str(row["why"])) for row in values.get("quarantined") or [])
+        time = float(path.stat().st_mtime if moment is None else moment)
+        seconds = float(values.get("seconds") or 0)
+        rows, size, host = int(values["rows"]), values.get("bytes"), values.get("host")
+        return Published(str(values["fingerprint"]), rows, size, seconds, host, time, quarantined)
     except (OSError, KeyError, TypeError, ValueError) as error:
         return f"{path.name}: damaged ({type(error).__name__}: {error})"
 

@@ -12,7 +12,17 @@ from hpcguard.errors import InputError
 from hpcguard.runs import RunFolder, read_json, write_json
 
 Kind = Literal[
-    "pre-empted", "time-out", "node-failure", "requeued", "out-of-memory", "error", "killed", "cancelled", "unknown"
+    "pre-empted",
+    "time-out",
+    "node-failure",
+    "requeued",
+    "out-of-memory",
+    "gpu-out-of-memory",
+    "disk",
+    "error",
+    "killed",
+    "cancelled",
+    "unknown",
 ]
 TAIL_LINES = 12
 FORGIVEN = ".forgiven"  # appended to a record's name by `hpcguard retry`
@@ -50,12 +60,25 @@ class Failure:
 
 def problem_of(error: BaseException) -> Problem:
     """Classify an exception of a task."""
-    kind: Kind = "out-of-memory" if is_out_of_memory(error) else "error"
+    kind = _kind(error)
     frames = traceback.extract_tb(error.__traceback__)
     where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "?"
     lines = "".join(traceback.format_exception(error)).strip().splitlines()
     message = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
     return Problem(kind, message, f"{type(error).__name__} at {where}", "\n".join(lines[-TAIL_LINES:]))
+
+
+def _kind(error: BaseException) -> Kind:
+    if is_out_of_memory(error):
+        return "gpu-out-of-memory" if type(error).__name__ == "OutOfMemoryError" else "out-of-memory"
+    return "disk" if isinstance(error, OSError) and error.errno is not None else "error"
+
+
+def is_broken_gpu(error: BaseException) -> bool:
+    """Whether this process can use its GPU no more, so that everything that it tries next would fail too."""
+    return type(error).__name__ == "AcceleratorError" or (
+        isinstance(error, RuntimeError) and "CUDA error" in str(error) and not is_out_of_memory(error)
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -75,6 +98,8 @@ def read_failures(folder: RunFolder, shard: int | None = None) -> list[Failure]:
     """All records that nobody has forgiven, or a shard's, oldest first; damaged ones are told of as unknown."""
     found = []
     for path in folder.failures.glob("*.json" if shard is None else f"{shard:05d}.*.json"):
+        if not path.exists():  # forgiven since
+            continue
         try:
             values: dict[str, Any] = read_json(path, "remove it", shard=int, kind=str)
             found.append(Failure(**values))

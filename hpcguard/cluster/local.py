@@ -7,6 +7,8 @@ workers end with their parent, however it ends.
 import multiprocessing as mp
 import os
 import signal
+import sys
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -15,7 +17,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from hpcguard.cluster.failures import Problem, problem_of
+from hpcguard.cluster.failures import Problem, is_broken_gpu, problem_of
 from hpcguard.cluster.lifetime import end_with_parent
 from hpcguard.cluster.memory import oom_kills
 from hpcguard.errors import InputError
@@ -26,6 +28,7 @@ Task = Callable[[Any, int, Report], None]
 raises Stopped where the pool is to end. Whoever waits calls report(0)."""
 
 STOP = "stop"
+BROKEN_GPU = 70  # exit status of a worker
 LOOK_EVERY_S = 0.5
 
 
@@ -142,6 +145,8 @@ class _Pool:
             self.oom_kills = kills
             return Problem("out-of-memory", "the kernel killed the worker process for want of memory")
         how = f"the worker process was killed by signal {-code}" if code < 0 else f"exit status {code}"
+        if code == BROKEN_GPU:
+            how = "the worker's GPU failed (its output has the traceback)"
         return Problem("killed", how)
 
     def _end(self, item: Any, problem: Problem | None) -> None:
@@ -211,4 +216,8 @@ def _serve(task: Task, slot: int, threads: int, pipe: Connection, parent: int) -
         except InputError as error:
             pipe.send(("input-error", str(error)))
         except Exception as error:
+            if is_broken_gpu(error):  # a new process may get it back; this one would fail all that follows
+                traceback.print_exc()
+                sys.stderr.flush()
+                os._exit(BROKEN_GPU)
             pipe.send(("failed", problem_of(error)))

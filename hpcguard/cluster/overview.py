@@ -3,7 +3,6 @@
 Unknown stays unknown: where Slurm could not be asked, a shard that is not done is neither running nor waiting.
 """
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,10 +11,10 @@ from typing import Any
 
 from hpcguard.cluster.plan import Plan
 from hpcguard.cluster.slurm import QueuedJob
+from hpcguard.cluster.submission import ATTRIBUTE, parse_name
 
 UNKNOWN = "unknown"
 RUNNING = frozenset({"RUNNING", "COMPLETING", "CONFIGURING", "SIGNALING", "STAGE_OUT", "RESIZING"})
-JOB_NAME = re.compile(r"hpcguard-([a-z]+)-(\d+)(?:-(\d+))?")
 WINDOW_S = 600.0  # of the rate, at least; and at least ...
 WINDOW_SHARDS = 3  # ... so many times a shard's duration, so that a whole wave of tasks counts
 SLOWEST = 5
@@ -28,6 +27,7 @@ class Published:
 
     fingerprint: str
     rows: int
+    bytes: int | None  # of the file; None: not noted
     seconds: float
     host: str | None
     time: float
@@ -52,7 +52,7 @@ class Evidence:
 
     plan: Plan
     published: Mapping[int, Published | str]  # a text: why the manifest cannot be used
-    files: frozenset[int]  # shards whose file is there
+    files: Mapping[int, int]  # bytes of the files that are there, by shard
     records: Sequence[Mapping[str, Any]] = ()  # failures and interruptions that nobody has forgiven
     unreadable: tuple[str, ...] = ()  # of the records
     held: frozenset[int] = frozenset()  # shards whose lock a process has
@@ -79,14 +79,16 @@ def summarise(evidence: Evidence) -> dict[str, Any]:
     }
 
 
-def shard_problem(plan: Plan, index: int, published: Published | str | None, file_is_there: bool) -> str | None:
+def shard_problem(plan: Plan, index: int, published: Published | str | None, size: int | None) -> str | None:
     """Why a shard does not count as done, by its manifest alone, or None."""
     if published is None:
         return "missing"
     if isinstance(published, str):
         return published
-    if not file_is_there:
+    if size is None:
         return "its file is missing"
+    if published.bytes not in (None, size):
+        return f"its file has {size} bytes, not {published.bytes}"
     if published.fingerprint != plan.fingerprint:
         return "made by another plan"
     planned = plan.bounds[index + 1] - plan.bounds[index]
@@ -96,7 +98,7 @@ def shard_problem(plan: Plan, index: int, published: Published | str | None, fil
 
 
 def is_done(evidence: Evidence, index: int) -> bool:
-    return shard_problem(evidence.plan, index, evidence.published.get(index), index in evidence.files) is None
+    return shard_problem(evidence.plan, index, evidence.published.get(index), evidence.files.get(index)) is None
 
 
 def published_of(evidence: Evidence, index: int) -> Published:
@@ -131,11 +133,11 @@ def queued_shards(evidence: Evidence) -> tuple[dict[int, tuple[str, str]], bool]
     queued: dict[int, tuple[str, str]] = {}
     mapped = True
     for job in evidence.queue or ():
-        name = JOB_NAME.fullmatch(job.name)
-        if name is None or name[1] != "attribute" or name[3] is None:
+        kind, number, first = parse_name(job.name)
+        if kind != ATTRIBUTE or first is None:
             continue
-        task = int(name[3]) + (job.index or 0)
-        own = tasks.get(int(name[2]), ())
+        task = first + (job.index or 0)
+        own = tasks.get(number, ())
         if task >= len(own):
             mapped = False
             continue
@@ -181,7 +183,7 @@ def _progress(evidence: Evidence, states: Mapping[int, str]) -> dict[str, Any]:
     counts = Counter(state.partition(":")[0] for state in states.values())
     asked = evidence.queue is not None
     problems = {
-        index: shard_problem(evidence.plan, index, found, index in evidence.files)
+        index: shard_problem(evidence.plan, index, found, evidence.files.get(index))
         for index, found in sorted(evidence.published.items())
     }
     unusable = [{"shard": index, "why": why} for index, why in problems.items() if why]
@@ -301,9 +303,9 @@ def _unrecorded(evidence: Evidence, submission: Submission) -> list[dict[str, An
     recorded = {str(job["job"]) for job in submission.jobs}
     found = {}
     for job in evidence.queue or ():
-        name = JOB_NAME.fullmatch(job.name)
-        if name and int(name[2]) == submission.number and job.array not in recorded:
-            found[job.array] = {"kind": name[1], "job": job.array}
+        kind, number, _ = parse_name(job.name)
+        if kind and number == submission.number and job.array not in recorded:
+            found[job.array] = {"kind": kind, "job": job.array}
     return list(found.values())
 
 

@@ -28,6 +28,8 @@ def options(slurm: SlurmConfig, job: JobConfig, memory_gb: float | None = None) 
         **slurm.options,
         **job.options,
     }
+    if memory_gb not in (None, job.memory_gb):  # raised after a lack of it: what else says of memory would contradict
+        asked = {name: value for name, value in asked.items() if not name.startswith("mem-")}
     return {name: value for name, value in asked.items() if value is not None and value is not False}
 
 

@@ -11,17 +11,20 @@ from hpcguard.cluster import slurm
 from hpcguard.cluster.dispatch import SUBMITTED_AGAIN, Task, describe, submit
 from hpcguard.cluster.failures import Failure, Kind, by_shard, read_failures, record
 from hpcguard.cluster.submission import (
+    ATTRIBUTE,
+    CONSOLIDATE,
     Submission,
+    history,
     last_tasks,
+    parse_name,
     read_submission,
     read_submissions,
-    rounds,
     shards_in_queue,
 )
 from hpcguard.config import ClusterConfig, Config
 from hpcguard.errors import InputError
 from hpcguard.progress import say
-from hpcguard.runs import RunFolder, exclusive, write_json
+from hpcguard.runs import RunFolder, exclusive, size, write_json
 
 ENDS: dict[str, Kind] = {
     "OUT_OF_MEMORY": "out-of-memory",
@@ -32,7 +35,10 @@ ENDS: dict[str, Kind] = {
 }  # of a task that could tell of nothing itself, by Slurm's state; any other was killed
 
 KILLED_FOR_MEMORY = re.compile(rb"exceeded (job |step )?memory limit|oom.kill|out of memory", re.I)  # says Slurm
+DECIDED = ("error", "time-out", "cancelled", "unknown")  # final ones that only a person can undo
 LOG_END = 64 * 1024
+TRIES, PAUSE_S = 20, 60.0  # where Slurm is silent or refuses
+PATIENCE_S = 600.0  # with another process that submits
 
 
 @contextmanager
@@ -41,38 +47,74 @@ def settling(run: RunFolder, number: int) -> Iterator[Submission]:
     own = read_submission(run.submission(number))
     try:
         yield own
-    except InputError as error:
-        _end(own, "gave up", [str(error)])
+    except Exception as error:
+        _end(own, "gave up", [f"{'' if isinstance(error, InputError) else type(error).__name__ + ': '}{error}"])
         raise
 
 
 def settle(config: Config, run: RunFolder, problems: dict[int, str], own: Submission, task: Task) -> int:
     """Look after what a submission left: submit again what may be, give the rest up; the stage's exit status.
 
-    problems: why each missing shard cannot be used.
+    problems: why each missing shard cannot be used. Slurm may refuse or be silent for a while: that is waited for.
     """
-    submissions = read_submissions(run)
     if not problems:
         return _end(own, "complete", [])
-    with exclusive(run.slurm):
-        queue = slurm.queue_of(run.path)
-        alive = shards_in_queue(submissions, queue)
-        missing = [shard for shard in problems if shard not in alive]
-        states = _record_ends(run, submissions, missing)
-        decision = decide(missing, read_failures(run), states, rounds(submissions), config.cluster)
-        if own.stopped.exists():
-            decision = Decision({}, {shard: decision.given_up.get(shard, "stopped early") for shard in missing})
-        why = [f"shard {shard:05d}: {problems[shard]}: {reason}" for shard, reason in decision.given_up.items()]
-        why += [f"shard {shard:05d}: {problems[shard]}" for shard in decision.again if problems[shard] != "missing"]
-        if not decision.again and not alive:
-            return _end(own, "gave up", why)
-        waiting_ids = {job.id for job in queue if job.state == "PENDING"}
-        waiting = [job for job in own.jobs if job.kind not in ("attribute", "consolidate") and job.job in waiting_ids]
-        waits_for = sorted({job.id for job in alive.values()})
-        new = submit(config, run, decision.again, task, False, waits_for, waiting)
+    for left in reversed(range(TRIES)):
+        try:
+            with exclusive(run.slurm, PATIENCE_S):
+                return _settle_once(config, run, problems, own, task)
+        except InputError as error:
+            if not left:
+                raise
+            say(f"attribute: {error}; trying again in {PAUSE_S:g} s, {left} times more")
+            time.sleep(PAUSE_S)
+    raise AssertionError("not reached")
+
+
+def _settle_once(config: Config, run: RunFolder, problems: dict[int, str], own: Submission, task: Task) -> int:
+    submissions, queue = read_submissions(run), slurm.queue_of(run.path)
+    pending = {job.id for job in queue if job.state == "PENDING"}
+    waiting = [job for job in own.jobs if job.kind not in (ATTRIBUTE, CONSOLIDATE) and job.job in pending]
+    if later := _later_caretaker(queue, own.number):  # we were requeued after we had submitted it
+        if waiting:
+            slurm.redirect(waiting[0].job, f"afterok:{later.id}")
+        return _end(own, "submitted again", [], parse_name(later.name)[1])
+    alive = shards_in_queue(submissions, queue)
+    missing = [shard for shard in problems if shard not in alive]
+    states = _record_ends(run, submissions, missing)
+    finished = {shard: sum(map(size, paths)) for shard, paths in run.all_journals().items()}
+    past = history(submissions, finished)
+    rounds = {shard: entry[0] for shard, entry in past.items()}
+    decision = decide(missing, read_failures(run), states, rounds, config.cluster)
+    if own.stopped.exists():
+        decision = Decision({}, {shard: decision.given_up.get(shard, "stopped early") for shard in missing})
+    _record_given_up(run, decision.given_up, states)
+    why = [f"shard {shard:05d}: {problems[shard]}: {reason}" for shard, reason in decision.given_up.items()]
+    why += [f"shard {shard:05d}: {problems[shard]}" for shard in decision.again if problems[shard] != "missing"]
+    if not decision.again and not alive:
+        return _end(own, "gave up", why)
+    waits_for = sorted({job.array for job in alive.values()})
+    new = submit(config, run, decision.again, task, waits_for, waiting, past)
     for line in describe(new):
         say(line)
     return _end(own, "submitted again", why, new.number)
+
+
+def _later_caretaker(queue: Sequence[slurm.QueuedJob], number: int) -> slurm.QueuedJob | None:
+    """The consolidation of a later submission, if one is in the queue."""
+    found = [job for job in queue if parse_name(job.name)[0] == CONSOLIDATE and parse_name(job.name)[1] > number]
+    return max(found, key=lambda job: parse_name(job.name)[1], default=None)
+
+
+def _record_given_up(run: RunFolder, given_up: dict[int, str], states: dict[int, str]) -> None:
+    """A final record for every shard that has none, so that it counts as failed."""
+    failures = by_shard(read_failures(run))
+    for shard, why in given_up.items():
+        own = failures.get(shard, [])
+        if any(failure.final for failure in own):
+            continue
+        kind: Kind = "cancelled" if states.get(shard) == "CANCELLED" else own[-1].kind if own else "unknown"
+        record(run, Failure(shard, f"given-up-{time.time_ns():x}", kind, True, why, log=own[-1].log if own else None))
 
 
 def _end(own: Submission, state: str, why: list[str], following: int | None = None) -> int:
@@ -142,7 +184,7 @@ def decide(
     """Which missing shards to submit again, and with what memory; pure.
 
     failures: those that nobody has forgiven. states: Slurm's last word on each shard's task, where it is known.
-    rounds: submissions that held the shard since it was last forgiven.
+    rounds: submissions in a row that finished no unit of the shard, since a person last submitted it.
     """
     decision = Decision()
     grouped = by_shard(failures)
@@ -158,22 +200,24 @@ def decide(
 def _one(own: Sequence[Failure], state: str, rounds: int, config: ClusterConfig) -> float | str | None:
     """The memory to try a shard with, or why not."""
     final = [failure for failure in own if failure.final]
-    errors = [failure for failure in final if failure.kind in ("error", "time-out", "unknown")]
+    errors = [failure for failure in final if failure.kind in DECIDED]
     if errors:
         return errors[-1].message
+    if any(failure.kind == "gpu-out-of-memory" for failure in final):
+        return f"{final[-1].message}; ask for GPUs with more memory (cluster.slurm.constraint)"
     if state == "CANCELLED" and not final:
         return "its job was cancelled"
     base = config.slurm.attribute.memory_gb
     if rounds > config.slurm.rounds:
         last = own[-1].message if own else f"Slurm says {state}" if state else "nothing is known of its end"
-        return f"missing after {rounds} submissions; the last: {last}"
+        return f"missing after {rounds} submissions without progress; the last: {last}"
     exhausted = sum(failure.kind == "out-of-memory" and failure.final for failure in own)
     if not exhausted:
         return base
-    known = max([failure.memory_gb or 0.0 for failure in own] + [base or 0.0])
-    if not known:
+    had = [memory for failure in own if failure.kind == "out-of-memory" and (memory := failure.memory_gb or base)]
+    if not had:
         return f"{final[-1].message}; set cluster.slurm.attribute.memory_gb"
-    largest = config.slurm.max_memory_gb or 4 * (base or known)
+    known, largest = max(had), config.slurm.max_memory_gb or 4 * (base or min(had))
     if known >= largest:
         return f"{final[-1].message} with {known:g} GiB; raise cluster.slurm.max_memory_gb"
     return min(2 * known, largest)

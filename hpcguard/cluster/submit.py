@@ -92,6 +92,7 @@ def submit_array(task: Callable[[int], None], array: Array) -> str:
         with only_job_environment(array.slurm.export):
             jobs = executor.map_array(task, numbers)
     except (FailedJobError, FailedSubmissionError, OSError) as error:
+        # The caller looks whether Slurm has it all the same: sbatch may only have waited too long for an answer.
         for orphan in array.folder.glob("[0-9a-f]" * 32 + ".pkl"):
             orphan.unlink()
         reason = str(error).strip().splitlines()[-1]

@@ -72,7 +72,11 @@ def _decode(path: Path, size: int) -> np.ndarray:
         with Image.open(path) as image:
             deep = image.mode.startswith(("I", "F"))
             fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
+    except MemoryError:
+        raise
     except Exception as error:  # on damaged files Pillow raises anything from SyntaxError to struct.error
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk, not the picture
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: cannot be decoded as an image ({reason}); replace or remove it") from error
     if deep:  # Pillow would clip every value above 255 to white

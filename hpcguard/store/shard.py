@@ -39,11 +39,12 @@ class ShardWriter:
             write_rows(temporary, rows, self.fingerprint, self.segments_dtype)
             if problem := _read_back_problem(temporary, rows):
                 raise RuntimeError(f"{self.path.name}: written and read back, but {problem}")
-            digest = digest_file(temporary)
+            digest, size = digest_file(temporary), temporary.stat().st_size
         manifest = {
             "schema": SCHEMA_VERSION,
             "file": self.path.name,
             "sha256": digest,
+            "bytes": size,
             "fingerprint": self.fingerprint,
             "rows": len(kept),
             "ids_sha256": digest_arrays(kept),

@@ -13,7 +13,17 @@ from slurm_cluster import Slurm
 from hpcguard.array_task import array_task
 from hpcguard.cluster import dispatch, sbatch, slurm, submit
 from hpcguard.cluster.packing import Chunk
-from hpcguard.cluster.submission import Job, Submission, last_tasks, new_submission, read_submissions, rounds
+from hpcguard.cluster.submission import (
+    Job,
+    Submission,
+    history,
+    job_name,
+    last_tasks,
+    new_submission,
+    parse_name,
+    read_submissions,
+    shards_in_queue,
+)
 from hpcguard.config import Config, SlurmConfig, load_config
 from hpcguard.errors import InputError
 from hpcguard.runs import RunFolder
@@ -79,17 +89,17 @@ apptainer exec --nv 'my image.sif' python3 -u -m hpcguard.cluster.task '/runs/a 
     assert submit.array_text(array) == expected
 
 
-def test_the_jobs_that_follow_to_the_letter(srun: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_jobs_that_follow_to_the_letter(srun: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    following = tmp_path / "next.yaml"
+    following.write_text("cluster: {executor: slurm}\nrun: /runs/y\n")
     monkeypatch.setattr(slurm, "limits", lambda *_: slurm.Limits(5, 100, None, 0))
     settings = {
-        "python": ["py"], "then": ["refine", "evaluate", "report"], "next": "/work/next.yaml", "tasks_at_once": 3,
+        "python": ["py"], "then": ["refine", "evaluate", "report"], "next": str(following), "tasks_at_once": 3,
         "refine": {"nodes": 2, "tasks_per_node": 4, "gpus_per_node": 4, "cpus_per_task": 8, "minutes": 600},
         "evaluate": {"minutes": 30}, "consolidate": {"minutes": 20},
     }  # fmt: skip
     config = Config(run="/runs/x", cluster={"executor": "slurm", "slurm": settings})
-    *arrays, settle, refine, evaluate, following = dispatch.texts(
-        config, RunFolder(config.run), dict.fromkeys(range(8))
-    )
+    *arrays, settle, refine, evaluate, last = dispatch.texts(config, RunFolder(config.run), dict.fromkeys(range(8)))
     assert [next(line for line in text.splitlines() if "--array" in line) for text in arrays] == [
         "#SBATCH --array=0-3%2", "#SBATCH --array=0-3%1",
     ]  # fmt: skip
@@ -116,8 +126,15 @@ def test_the_jobs_that_follow_to_the_letter(srun: None, monkeypatch: pytest.Monk
         "set -e\npy -m hpcguard.evaluate /runs/x/slurm/0001/config.yaml\n"
         "py -m hpcguard.report /runs/x/slurm/0001/config.yaml\n"
     )
-    assert "--dependency=afterok:EVALUATE\n" in following
-    assert following.endswith("set -e\npy -m hpcguard.attribute /work/next.yaml\n")
+    assert "--dependency=afterok:EVALUATE\n" in last
+    assert last.endswith(f"set -e\npy -m hpcguard.attribute {following}\n")
+    for wrong, why in (
+        ("run: /runs/y", "set cluster.executor"),
+        ("cluster: {executor: slurm}\nrun: /runs/x", "same run"),
+    ):
+        following.write_text(wrong)
+        with pytest.raises(InputError, match=why):
+            dispatch.texts(config, RunFolder(config.run), {0: None})
 
 
 def test_nothing_of_a_configuration_is_run_by_the_shell(tmp_path: Path, srun: None) -> None:
@@ -204,8 +221,9 @@ def test_a_task_unpickles_nothing_where_others_may_write(tmp_path: Path, opened:
 def test_submissions_know_their_tasks_and_rounds(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     config = Config(run=tmp_path, data={"root": "relative"})
-    for tasks, by_hand in (([[0, 1], [2]], True), ([[1]], False), ([[1], [2]], False)):
-        new_submission(run, config, tasks, by_hand)
+    new_submission(run, config, [[0, 1], [2]], True)
+    new_submission(run, config, [[1]], False, {1: [1, 0]})
+    new_submission(run, config, [[1], [2]], False, {1: [2, 0], 2: [1, 40]})
     found = read_submissions(run)
     found[0].add(Job("attribute", "12", 0, 2))
     found[1].add(Job("attribute", "15", 0, 1))
@@ -213,9 +231,26 @@ def test_submissions_know_their_tasks_and_rounds(tmp_path: Path) -> None:
     found = read_submissions(run)
     assert [submission.number for submission in found] == [1, 2, 3]
     assert last_tasks(found) == {0: "12_0", 1: "15", 2: "12_1"}
-    assert rounds(found) == {0: 1, 1: 3, 2: 2}
+    # Shard 2 has finished nothing since it was submitted again, shard 0 has.
+    assert history(found, {0: 70, 2: 40}) == {0: [0, 70], 1: [3, 0], 2: [2, 40]}
+    assert history(found, {1: 1, 2: 41}) == {0: [1, 0], 1: [0, 1], 2: [0, 41]}
     new_submission(run, config, [[1]], True)
-    assert rounds(read_submissions(run))[1] == 1
+    assert history(read_submissions(run), {})[1] == [1, 0]
+    queue = [
+        slurm.QueuedJob(id, id.split("_")[0], index, "RUNNING", "", name, "")
+        for id, index, name in (
+            ("12_1", 1, "hpcguard-attribute-0001-0"), ("99", None, "hpcguard-attribute-0003-1"),
+            ("16", None, "hpcguard-consolidate-0002"), ("17_0", 0, "attribute"),
+            ("18_9", 9, "hpcguard-attribute-0001-0"),
+        )
+    ]  # fmt: skip
+    # The id of job 99 was never noted: whoever submitted it was killed before.
+    assert {shard: job.id for shard, job in shards_in_queue(found, queue).items()} == {2: "99"}
+    assert parse_name(job_name("attribute", 7, 12)) == ("attribute", 7, 12)
+    assert parse_name(job_name("refine", 7)) == ("refine", 7, None)
+    found[2].take_back()
+    assert [submission.number for submission in read_submissions(run)] == [1, 2, 4]
+    assert new_submission(run, config, [[1]], True).number == 5
     recorded = load_config(found[0].config)
     assert recorded.data.root == Path("relative").resolve()
     assert recorded.model_copy(update={"data": config.data}) == config

@@ -39,8 +39,10 @@ GIVEN_UP = [
     ("a time limit without a unit", [failure("time-out", True)], "FAILED", 1, "it was time-out"),
     ("a damaged record", [failure("unknown", True)], "", 1, "it was unknown"),
     ("cancelled by a person", [], "CANCELLED", 1, "its job was cancelled"),
-    ("too often", [failure("killed", False)], "FAILED", 4, "missing after 4 submissions; the last: it was killed"),
+    ("too often", [failure("killed", False)], "FAILED", 4, "4 submissions without progress; the last: it was killed"),
     ("too often, for no known reason", [], "", 4, "missing after 4 submissions"),
+    ("a GPU too small", [failure("gpu-out-of-memory", True, 2.0)], "", 1, "cluster.slurm.constraint"),
+    ("given up before", [failure("cancelled", True)], "", 1, "it was cancelled"),
     ("no memory left to give", [failure("out-of-memory", True, 8.0)], "", 2, "raise cluster.slurm.max_memory_gb"),
 ]
 
@@ -62,5 +64,7 @@ def test_shards_are_decided_one_by_one() -> None:
 def test_memory_is_that_of_the_job_where_none_was_asked_for() -> None:
     own = [failure("out-of-memory", True, 1.5)]
     assert decide([0], own, {}, {0: 1}, ClusterConfig()).again == {0: 3.0}
+    own += [failure("out-of-memory", True, memory) for memory in (3.0, 6.0)]
+    assert "with 6 GiB; raise" in decide([0], own, {}, {0: 1}, ClusterConfig()).given_up[0]  # four times the first
     unknown = decide([0], [failure("out-of-memory", True)], {}, {0: 1}, ClusterConfig())
     assert "set cluster.slurm.attribute.memory_gb" in unknown.given_up[0]
