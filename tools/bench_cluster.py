@@ -115,7 +115,7 @@ def plan_once(path: Path, run: Path, images: int | None, began: float) -> Figure
     step("arrays")
     assert sum(map(len, tasks)) == plan.num_shards == config.cluster.shards
     assert sum(part.chunk.tasks for part in parts) == len(tasks)
-    print(f"  {len(plan.identity)} keys, {plan.num_images} images, {len(tasks)} tasks in {len(parts)} arrays", end=": ")
+    print(f"  {plan.num_images} images, {len(tasks)} tasks in {len(parts)} arrays", end=": ")
     print(", ".join(f"{name} {end - start:.2f} s" for name, start, end in moments), flush=True)
     return {"plan": moments[-1][2] - moments[0][2], "process": moments[-1][2] - began, "cpu": time.process_time() - cpu}
 
@@ -365,18 +365,23 @@ PER_TASK = 8  # shards
 
 
 def part_overhead(arguments: argparse.Namespace) -> Figures:
-    """ResNet-20 at 32x32, 256 rows an image, 16 images a shard, 8 shards a task, 2 nodes of 1 CPU, 1 thread."""
+    """ResNet-20 at 32x32, 16 images a shard, 8 shards a task; 2 nodes of 1 CPU, one worker of 1 thread on each."""
     shards = arguments.overhead_shards
     names = ("submit_overhead_ratio", "compute_of_a_shard_s", "overhead_wall_s", "overhead_command_s",
              "first_shard_begins_s", "between_tasks_s", "between_shards_s")  # fmt: skip
-    with temporary_folder() as folder, mini_cluster("--nodes", 2, "--cpus", 1) as there:
+    # The nodes' GPUs are fakes: asked for, they make it one worker a task, where the nodes of a mini cluster, which
+    # binds nothing to cores, would else each start a worker for every core of this machine.
+    with temporary_folder() as folder, mini_cluster("--nodes", 2, "--cpus", 1, "--gpus", 1) as there:
         if not there:
             return dict.fromkeys(names)
         path = write_config(
             folder, classes=10, channels=1,
             data={"name": "digits", "size": SIZE, "train_images": shards * IMAGES},
             model={"name": "resnet20-cifar"}, attribution={"unit": IMAGES // 2, "num_samples": arguments.samples},
-            cluster={"shards": shards, "threads": 1, "slurm": {"shards_per_task": PER_TASK}},
+            cluster={
+                "shards": shards, "threads": 1,
+                "slurm": {"shards_per_task": PER_TASK, "attribute": {"gpus_per_node": 1}},
+            },
         )  # fmt: skip
         run = RunFolder(folder / "run")
         started = time.time()
@@ -386,6 +391,7 @@ def part_overhead(arguments: argparse.Namespace) -> Figures:
         manifests = wait_for_manifests(run, shards)
     wall = max(each["published"] for each in manifests) - started
     compute = sum(each["seconds"] for each in manifests)
+    print(f"  {IMAGES} images of {arguments.samples} rows a shard, {PER_TASK} shards a task, one worker a node")
     print(f"  {shards} shards: wall {wall:.1f} s, sum of their compute {compute:.1f} s")
     begun, tasks, within = gaps(manifests)
     figures = (wall / (compute / 2), compute / shards, wall, returned, begun - started, tasks, within)
@@ -413,6 +419,8 @@ def gaps(manifests: list[dict[str, Any]]) -> tuple[float, float, float]:
         for former, latter in itertools.pairwise(own):
             gap = latter["published"] - latter["seconds"] - former["published"]
             (within if former["shard"] // PER_TASK == latter["shard"] // PER_TASK else tasks).append(gap)
+    # Two at once on a core would each take twice as long, and their sum would hide every overhead.
+    assert min(within, default=0.0) > -0.1, "a task computed two shards at once"
     return min(begun), statistics.median(tasks) if tasks else 0.0, statistics.median(within) if within else 0.0
 
 
