@@ -60,7 +60,7 @@ def _stop_if_told(submission: Submission, attempt: Attempt) -> None:
 
 
 def _requeue(attempt: Attempt, outcome: Outcome, minutes: int, seconds: float) -> None:
-    """Slurm has warned us: note why, and ask to be run again; not where a whole time limit brought nothing."""
+    """Slurm has warned us: note why, and ask to be run again; not where two time limits brought nothing."""
     kind: Kind = "pre-empted" if slurm.was_preempted(attempt.job or "") else "time-out"
     begun = [shard for shard in outcome.stopped if attempt.own_journals(shard)]
     units = sum(size(path) for shard in begun for path in attempt.own_journals(shard))
@@ -69,9 +69,12 @@ def _requeue(attempt: Attempt, outcome: Outcome, minutes: int, seconds: float) -
     message = f"{kind} after {seconds:.0f} s"
     if fruitless:
         message += f" without finishing a unit: raise cluster.slurm.attribute.minutes = {minutes}"
+    # Once may be a slow start on a busy file system, twice is not.
+    before = {failure.shard for failure in read_failures(attempt.folder) if failure.kind == kind and not failure.units}
+    given_up = [shard for shard in begun if fruitless and shard in before]
     for shard in begun or outcome.stopped[:1]:
-        attempt.record(shard, Problem(kind, message), final=fruitless)
-    if fruitless:
+        attempt.record(shard, Problem(kind, message), final=shard in given_up)
+    if given_up:
         return
     say(f"attribute: {message}; to be requeued")
     if slurm.requeue_self():

@@ -214,37 +214,46 @@ def quiet(night: Night) -> None:
     assert len({call["node"] for call in night.calls()}) == (3 if night.cluster.separate else 1)
 
 
-@scene(SCENES, "--nodes", 3, *settings(*KILLS_FOR_MEMORY), shape=LARGE, slurm={"signal_seconds": 1}, minutes=1)
+@scene(
+    SCENES, "--nodes", 3, *settings(*KILLS_FOR_MEMORY), shape=LARGE, slurm={"signal_seconds": 1, "tasks_at_once": 4},
+    minutes=1,
+)  # fmt: skip
 def bad_night(night: Night) -> None:
-    """All of that in one run. Task k has shards 5k to 5k + 4, ten units, twenty images."""
-    worker, task, again, hog = (night.image(20 * k + 7) for k in range(4))
-    night.hold(worker, task, again)
+    """All of that in one run. Task k has shards 5k to 5k + 4: ten units, twenty images."""
+    worker, task, again, hog, *_, last = (night.image(20 * k + 7) for k in range(8))
+    night.hold(worker, task, again, last)
     night.order(hog, "hog")
     for position in range(80, 100):
         night.order(night.image(position), "linger")  # task 4 takes a minute
     night.submit()
     os.kill(night.reached(worker)["pid"], signal.SIGKILL)
-    night.release(worker)
     call = night.reached(task)
     for process in (call["parent"], call["pid"]):
         os.kill(process, signal.SIGKILL)
-    night.release(task)
     night.cluster.run(f"scontrol requeue {night.task(night.reached(again))}")
-    night.release(again)
+    night.reached(again, 2)
+    night.release(worker, task, again)
+    start_again(night, night.reached(night.image(80)))
     night.wait(night.run.manifest(0).exists, "a shard")
     os.truncate(night.run.shard(0), night.run.shard(0).stat().st_size - 100)
-    lingering = night.reached(night.image(80))
-    start_again(night, lingering)
-    night.urgent("n2")
-    last = night.reached(night.image(150))
-    night.lose_slurmd(night.node(night.task(last)))
-    night.lose_node("n1") if night.node(night.task(last)) != "n1" else night.lose_node("n0")
+    first = night.task(night.reached(last))
+    former = night.node(first)
+    night.lose_slurmd(former)
+    night.wait(lambda: night.node(first) not in ("", former), "the last task on another node")
+    night.lose_node(former)  # where the task had gone on computing
+    night.reached(last, 2)
+    night.lose_node(night.node(first))
+    night.reached(last, 3)
+    night.release(last)
+    night.urgent(night.node(first))
     night.completes()
     kinds = night.kinds()
-    # Which tasks a node's end and the urgent job meet is chance, as is what else the time limit cuts off.
-    assert kinds.keys() >= {"killed", "requeued", "out-of-memory", "time-out", night.node_failure()}, night.story()
-    costly = kinds["killed"] + kinds["requeued"] + kinds["out-of-memory"] + kinds["node-failure"]
-    assert sum(night.twice().values()) - len(night.twice()) <= costly + 2  # the truncated shard's own two units
+    told = {"killed", "requeued", "out-of-memory", "time-out", "pre-empted", night.node_failure()}
+    assert kinds.keys() == told, night.story()
+    # Of the truncated shard both units; else one at most for each time that something was interrupted.
+    assert sum(count - 1 for count in night.twice().values()) <= len(night.failures()) + 2, night.story()
+    interrupted = night.status()["interrupted"]
+    assert interrupted == kinds
 
 
 @pytest.mark.parametrize("name", SCENES)

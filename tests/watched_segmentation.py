@@ -44,7 +44,7 @@ def _write_down(name: str) -> None:
 
 def _obey(name: str) -> None:
     for order in (HERE / "orders" / name, HERE / "orders" / "any"):
-        word = order.read_text() if order.exists() else ""
+        word = _read(order)
         if word == "hold":
             while order.exists():
                 time.sleep(0.02)
@@ -57,5 +57,11 @@ def _obey(name: str) -> None:
             hoard = np.ones(3 * 2**27)  # 3 GiB, every page of it written
             time.sleep(60)
             del hoard
-    if (HERE / "pause").exists():
-        time.sleep(float((HERE / "pause").read_text()))
+    time.sleep(float(_read(HERE / "pause") or 0))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except FileNotFoundError:  # released at this moment
+        return ""
