@@ -1,10 +1,18 @@
 """What becomes of missing shards, class by class."""
 
-import pytest
+import json
+from pathlib import Path
 
-from hpcguard.cluster.failures import Failure
-from hpcguard.cluster.settle import decide
-from hpcguard.config import ClusterConfig
+import pytest
+from slurm_cluster import Slurm
+
+from hpcguard.cluster.dispatch import SUBMITTED_AGAIN
+from hpcguard.cluster.failures import Failure, read_failures, record
+from hpcguard.cluster.settle import decide, settle, settling
+from hpcguard.cluster.submission import Job, Submission, new_submission, read_submissions
+from hpcguard.config import ClusterConfig, Config
+from hpcguard.errors import InputError
+from hpcguard.runs import RunFolder
 
 
 def failure(kind: str, final: bool, memory: float | None = None, shard: int = 0) -> Failure:
@@ -68,3 +76,77 @@ def test_memory_is_that_of_the_job_where_none_was_asked_for() -> None:
     assert "with 6 GiB; raise" in decide([0], own, {}, {0: 1}, ClusterConfig()).given_up[0]  # four times the first
     unknown = decide([0], [failure("out-of-memory", True)], {}, {0: 1}, ClusterConfig())
     assert "set cluster.slurm.attribute.memory_gb" in unknown.given_up[0]
+
+
+def never(number: int) -> None:
+    raise AssertionError("no task runs here")
+
+
+@pytest.fixture
+def lost(slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Config, RunFolder, Submission]:
+    """A run whose only submission, of an array that has ended, left shards 0 and 1 missing."""
+    monkeypatch.setenv("SLURM_CONF", slurm.env["SLURM_CONF"])
+    run = RunFolder(tmp_path / "run")
+    run.create()
+    config = Config(run=run.path, cluster={"executor": "slurm", "slurm": {"options": {"hold": True}}})
+    submission = new_submission(run, config, [[0], [1]], True)
+    job = slurm.sbatch("exit 1", "--array=0-1", "--job-name=hpcguard-attribute-0001-0", f"--comment={run.path}")
+    submission.add(Job("attribute", job, 0, 2))
+    slurm.wait_for(lambda: not slurm.run(f"squeue -h -j {job}"), what="the array")
+    return config, run, submission
+
+
+MISSING = {0: "missing", 1: "missing"}
+
+
+def test_settling_submits_again_and_only_once_though_it_is_requeued(
+    slurm: Slurm, lost: tuple[Config, RunFolder, Submission]
+) -> None:
+    """Run again after it has submitted, as a requeued job is, it finds its successor and leaves all to that."""
+    config, run, submission = lost
+    waiting = slurm.sbatch("true", "--hold", "--job-name=hpcguard-refine-0001", f"--comment={run.path}")
+    submission.add(Job("refine", waiting))
+    try:
+        assert settle(config, run, MISSING, submission, never) == SUBMITTED_AGAIN
+        _, second = read_submissions(run)
+        assert second.tasks == [[0], [1]]
+        caretaker = next(job.job for job in second.jobs if job.kind == "consolidate")
+        assert f"afterok:{caretaker}" in slurm.run(f"scontrol show job {waiting}")
+        jobs = slurm.run("squeue -h -o %A").split()
+        assert settle(config, run, MISSING, submission, never) == SUBMITTED_AGAIN
+        assert slurm.run("squeue -h -o %A").split() == jobs
+        assert len(read_submissions(run)) == 2
+        assert json.loads(submission.settled.read_text())["next"] == 2
+    finally:
+        slurm.run("scancel --user=$(id -u -n); true")
+    slurm.wait_for(lambda: not slurm.run("squeue -h"))
+
+
+def test_a_refused_submission_is_taken_back_and_tried_for_a_while(
+    slurm: Slurm, lost: tuple[Config, RunFolder, Submission], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sbatch takes the arrays and refuses the job behind them: nothing stays in the queue; in the end it gives up."""
+    config, run, submission = lost
+    settings = {"options": {"hold": True}, "consolidate": {"options": {"constraint": "no-such-feature"}}}
+    config = config.model_copy(update={"cluster": ClusterConfig(executor="slurm", slurm=settings)})
+    monkeypatch.setattr("hpcguard.cluster.settle.TRIES", 2)
+    monkeypatch.setattr("hpcguard.cluster.settle.PAUSE_S", 0.1)
+    with pytest.raises(InputError, match="feature"), settling(run, 1) as own:
+        settle(config, run, MISSING, own, never)
+    slurm.wait_for(lambda: not slurm.run("squeue -h"), what="the arrays to be taken back")
+    assert [found.number for found in read_submissions(run)] == [1]
+    assert sorted(path.parent.name for path in run.slurm.glob("*/refused.json")) == ["0002", "0003"]
+    settled = json.loads(submission.settled.read_text())
+    assert settled["state"] == "gave up"
+    assert "feature" in settled["why"][0]
+
+
+def test_what_is_given_up_is_recorded_as_failed(slurm: Slurm, lost: tuple[Config, RunFolder, Submission]) -> None:
+    config, run, submission = lost
+    record(run, failure("error", True, shard=0))
+    config = config.model_copy(update={"cluster": ClusterConfig(executor="slurm", slurm={"rounds": 0})})
+    assert settle(config, run, MISSING, submission, never) == 1
+    finals = {failure.shard: failure for failure in read_failures(run) if failure.final}
+    assert finals[0].message == "it was error"
+    assert "without progress" in finals[1].message
+    assert not slurm.run("squeue -h")
