@@ -86,9 +86,10 @@ def _settle_once(config: Config, run: RunFolder, problems: dict[int, str], own: 
     past = history(submissions, finished)
     rounds = {shard: entry[0] for shard, entry in past.items()}
     decision = decide(missing, read_failures(run), states, rounds, config.cluster)
-    if own.stopped.exists():
+    if own.stopped.exists():  # shards that never began have not failed
         decision = Decision({}, {shard: decision.given_up.get(shard, "stopped early") for shard in missing})
-    _record_given_up(run, decision.given_up, states)
+    else:
+        _record_given_up(run, decision.given_up, states)
     why = [f"shard {shard:05d}: {problems[shard]}: {reason}" for shard, reason in decision.given_up.items()]
     why += [f"shard {shard:05d}: {problems[shard]}" for shard in decision.again if problems[shard] != "missing"]
     if not decision.again and not alive:
