@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from hpcguard.cluster import slurm
-from hpcguard.cluster.overview import Evidence, Published, Submission, is_done, queued_shards, recent_submissions
+from hpcguard.cluster.overview import (
+    Evidence,
+    Published,
+    Submission,
+    is_done,
+    job_ids,
+    queued_shards,
+    recent_submissions,
+)
 from hpcguard.cluster.plan import Plan, read_plan
 from hpcguard.errors import InputError
 from hpcguard.runs import RunFolder, is_claimed, size
@@ -128,8 +136,9 @@ class Watcher:
         if queue is None:
             return {}
         queued = {job.array for job in queue}
-        jobs = [str(job["job"]) for submission in recent_submissions(submissions) for job in submission.jobs]
-        asked = [job for job in jobs if job not in queued and job not in self._ended]
+        jobs = [job for submission in recent_submissions(submissions) for job in submission.jobs]
+        ids = [id for job in jobs if str(job["job"]) not in queued for id in job_ids(job)]
+        asked = [id for id in ids if id not in self._ended]
         try:
             found = slurm.states(asked) if asked else {}
         except InputError:

@@ -309,6 +309,12 @@ def _unrecorded(evidence: Evidence, submission: Submission) -> list[dict[str, An
     return list(found.values())
 
 
+def job_ids(job: Mapping[str, Any]) -> list[str]:
+    """Slurm's ids of a recorded job, or of all tasks of an array."""
+    own, tasks = str(job["job"]), job.get("tasks", 1)
+    return [own] if tasks <= 1 else [f"{own}_{index}" for index in range(tasks)]
+
+
 def _job(evidence: Evidence, job: Mapping[str, Any]) -> dict[str, Any]:
     """A job's states with their numbers of tasks: from the queue, else the last that Slurm knows, else none."""
     own = str(job["job"])
@@ -317,7 +323,7 @@ def _job(evidence: Evidence, job: Mapping[str, Any]) -> dict[str, Any]:
         return {**summary, "states": UNKNOWN, "reasons": {}}
     queued = [entry for entry in evidence.queue if entry.array == own]
     states = Counter(entry.state for entry in queued)
-    if not queued and own in evidence.states:
-        states[evidence.states[own]] = 1
+    if not queued:
+        states += Counter(evidence.states[id] for id in job_ids(job) if id in evidence.states)
     reasons = Counter(entry.reason for entry in queued if entry.state == "PENDING" and entry.reason != "None")
     return {**summary, "states": _counted(states), "in_queue": bool(queued), "reasons": _counted(reasons)}
