@@ -61,11 +61,15 @@ class Failure:
 def problem_of(error: BaseException) -> Problem:
     """Classify an exception of a task."""
     kind = _kind(error)
-    frames = traceback.extract_tb(error.__traceback__)
+    root: BaseException = error
+    while root.__cause__:  # what our own words stand for: of a user's code, their own line
+        root = root.__cause__
+    frames = traceback.extract_tb(root.__traceback__)
     where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "?"
-    lines = "".join(traceback.format_exception(error)).strip().splitlines()
+    lines = "".join(traceback.format_exception(root)).strip().splitlines()
     message = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
-    return Problem(kind, message, f"{type(error).__name__} at {where}", "\n".join(lines[-TAIL_LINES:]))
+    tail = [*lines[-TAIL_LINES:], *([] if root is error else [message])]
+    return Problem(kind, message, f"{type(root).__name__} at {where}", "\n".join(tail))
 
 
 def _kind(error: BaseException) -> Kind:
