@@ -66,7 +66,7 @@ def problem_of(error: BaseException) -> Problem:
         root = root.__cause__
     frames = traceback.extract_tb(root.__traceback__)
     where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "?"
-    lines = "".join(traceback.format_exception(root)).strip().splitlines()
+    lines = "".join(traceback.format_exception(root, chain=False)).strip().splitlines()
     message = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
     tail = [*lines[-TAIL_LINES:], *([] if root is error else [message])]
     return Problem(kind, message, f"{type(root).__name__} at {where}", "\n".join(tail))
