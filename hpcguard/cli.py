@@ -19,7 +19,7 @@ from hpcguard.errors import InputError
 from hpcguard.runs import check_private
 
 STAGES = ("attribute", "consolidate", "refine", "evaluate", "report", "status", "cancel")
-LOOKING = ("status", "report")  # read others' run folders and run nothing of theirs
+LOOKING = ("status",)  # reads others' run folders and runs nothing of theirs
 ALIASES = {"retry": "attribute"}
 ALIAS_HELP = {"retry": "Try what was given up again, with all that follows: attribute by another name."}
 

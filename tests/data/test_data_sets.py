@@ -310,7 +310,7 @@ def test_images_are_read_only_when_asked_for_and_damage_names_the_file(folder: P
             train.images([3, 4])
         assert "\n" not in str(caught.value)
     broken.unlink()
-    with pytest.raises(InputError, match=re.escape(str(broken))):
+    with pytest.raises(FileNotFoundError, match=re.escape(str(broken))):  # the disk, not the picture
         train.images([4])
     with pytest.raises(InputError, match=re.escape(str(broken))):
         train.digest()

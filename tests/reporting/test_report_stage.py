@@ -40,6 +40,7 @@ def folder(tmp_path: Path) -> Path:
         write(run / "checkpoints" / name / "training.json", json.dumps(training(name, name == "guided")))
         write(run / "checkpoints" / name / "log.jsonl", "".join(json.dumps(epoch(k)) + "\n" for k in (1, 2)))
     write(run / "store.json", json.dumps(store()))
+    run.chmod(0o700)
     return run
 
 
