@@ -25,7 +25,7 @@ from hpcguard.cluster.submission import ATTRIBUTE, parse_name, read_submissions,
 from hpcguard.config import Config
 from hpcguard.data import ImageSet, load_images
 from hpcguard.models import check_answers, load_model
-from hpcguard.progress import say
+from hpcguard.progress import duration, say
 from hpcguard.runs import RunFolder, digest_file, exclusive
 from hpcguard.shards import (
     ShardTask,
@@ -200,7 +200,7 @@ def _say_cost(config: Config, images: ImageSet, plan: Plan, left: int) -> None:
     workers = min(config.cluster.workers, plan.num_shards)
     if on_slurm:
         workers = min(config.cluster.workers_of_a_task * asked.tasks_at_once, plan.num_shards)
-    alone, together = _duration(seconds * left), _duration(seconds * left / workers)
+    alone, together = duration(seconds * left, 1), duration(seconds * left / workers, 1)
     rows = left * config.attribution.most_samples
     say(f"cost         {rows:,} model rows, {alone} with one worker, {together} with {workers}")
     if on_slurm:
@@ -228,12 +228,6 @@ def _planned(config: Config, images: ImageSet, folder: RunFolder) -> tuple[Plan,
     identity = attribution_identity(config, images, digest_file(folder.explained_weights(config)))
     plan = require_plan(folder.plan, identity)
     return plan, sorted(shard_problems(folder, plan, images.ids))
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _measure(config: Config, images: ImageSet) -> tuple[float, float]:

@@ -17,6 +17,13 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def duration(seconds: float, digits: int = 0) -> str:
+    """Seconds as a person says them; below 100 with so many digits behind the point."""
+    if seconds < 100:
+        return f"{seconds:.{digits}f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 class Meter:
     """How much of `total` is done; call advance(n) or set(done, note), or note(text) to show something beside it."""
 

@@ -131,14 +131,14 @@ class ShardTask:
         return device, probabilities(self.config, self.images, weights, device)
 
 
-def shard_problems(folder: RunFolder, plan: Plan, ids: np.ndarray, values: bool = False) -> dict[int, str]:
-    """Why each unusable shard of a plan is so, by its number; `values` also looks at the rows of the others."""
+def shard_problems(folder: RunFolder, plan: Plan, ids: np.ndarray) -> dict[int, str]:
+    """Why each unusable shard of a plan is so, by its number; judged by digests, its rows are not read."""
     there = {entry.name for entry in os.scandir(folder.shards)} if folder.shards.is_dir() else set()
     begun = [k for k in range(plan.num_shards) if {folder.shard(k).name, folder.manifest(k).name} & there]
 
     def look(index: int) -> str | None:
         return shard_problem(
-            folder.shard(index), folder.manifest(index), plan.shard_ids(index, ids), plan.fingerprint, values
+            folder.shard(index), folder.manifest(index), plan.shard_ids(index, ids), plan.fingerprint, values=False
         )
 
     problems: dict[int, str | None] = dict.fromkeys(range(plan.num_shards), "missing")

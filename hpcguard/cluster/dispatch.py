@@ -28,7 +28,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Follower:
-    """A job that follows; `after` is None for the one that looks after the arrays."""
+    """A job that follows the arrays, or the follower before it."""
 
     kind: str
     job: JobConfig

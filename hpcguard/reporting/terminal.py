@@ -8,6 +8,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from hpcguard.progress import duration
+
 State = Mapping[str, Any]
 MOST_MISSING = 20
 MOST_NAMED = 3
@@ -141,13 +143,6 @@ def _time_left(speed: State) -> str:
     if left is None:
         return ""
     return ", time left unknown" if left == "unknown" else f", about {duration(left)} left"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _why(part: State) -> str:
