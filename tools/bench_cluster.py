@@ -198,8 +198,10 @@ def stored_rows(ids: np.ndarray) -> dict[str, np.ndarray]:
         "probability": values(),
         "coefficients": values(SEGMENTS),
         "standard_error": abs(values(SEGMENTS)),
+        "interval": abs(values(SEGMENTS)),
         "intercept": values(),
         "score": values(),
+        "effective_samples": random.uniform(100, 256, count),
         "num_samples": np.full(count, 256),
     }
 

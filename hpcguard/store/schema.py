@@ -6,7 +6,7 @@ import numpy as np
 
 from hpcguard.attribution import Attribution
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: interval and effective_samples
 CHUNK_ROWS = 16  # a compromise: random rows want few rows a chunk, block reads and compression want many
 
 
@@ -28,8 +28,10 @@ COLUMNS = (
     Column("probability", "f4", "NL", np.nan),
     Column("coefficients", "f4", "NLS", np.nan),
     Column("standard_error", "f4", "NLS", np.nan),
+    Column("interval", "f4", "NLS", np.nan),  # half the width of the 95% interval
     Column("intercept", "f4", "NL", np.nan),
     Column("score", "f4", "NL", np.nan),
+    Column("effective_samples", "f4", "N", np.nan),
     Column("num_samples", "u4", "N"),
 )
 COLUMN = {column.name: column for column in COLUMNS}
@@ -59,7 +61,7 @@ def rows_problem(rows: dict[str, np.ndarray]) -> str | None:
     if (rows["segments"].reshape(len(counts), -1).max(1, initial=0) >= counts).any():
         return "segments has labels past num_segments"
     present = np.arange(sizes["S"]) < counts[:, None]
-    for name in ("probability", "coefficients", "standard_error", "intercept", "score"):
+    for name in (column.name for column in COLUMNS if column.dtype == "f4"):
         finite = np.isfinite(rows[name])
         if not (finite if column_is_flat(name) else finite | ~present[:, None]).all():
             return f"{name} holds NaN or infinite values"

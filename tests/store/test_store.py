@@ -28,7 +28,8 @@ def make_rows(ids: np.ndarray, segments: int, seed: int = 0) -> dict[str, np.nda
     return {
         "image_id": ids, "label": ids % 10, "predicted": ids % 7, "segments": maps, "num_segments": count,
         "target": np.stack([ids % 10, (ids + 1) % 10], 1), "coefficients": coefficients,
-        "standard_error": np.abs(coefficients), "num_samples": np.full(len(ids), 64), **flat,
+        "standard_error": np.abs(coefficients), "interval": 2 * np.abs(coefficients),
+        "effective_samples": generator.uniform(1, 64, len(ids)), "num_samples": np.full(len(ids), 64), **flat,
     }  # fmt: skip
 
 
