@@ -172,6 +172,15 @@ class RunFolder:
             temporary.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 
+def run_of(file: Path) -> RunFolder | None:
+    """The run folder that a store, a shard or an explanation file lies in."""
+    place = file.resolve()
+    for folder in (place.parent, place.parent.parent):
+        if RunFolder(folder).config.is_file():
+            return RunFolder(folder)
+    return None
+
+
 def check_private(folder: Path) -> None:
     """InputError unless only we can enter a folder: what lies in it is executed."""
     status = folder.stat()

@@ -1,7 +1,9 @@
 """The attribution store: verified HDF5 shards, a virtual view over them, and a torch Dataset to train from."""
 
 from hpcguard.store.blocks import BlockShuffled
+from hpcguard.store.contents import describe, rows_of, stored_problem
 from hpcguard.store.dataset import AttributionDataset
+from hpcguard.store.export import write_npz, write_plain
 from hpcguard.store.journal import Journal, Unit, read_journal
 from hpcguard.store.reading import StoreReader
 from hpcguard.store.schema import rows_from
@@ -16,11 +18,16 @@ __all__ = [
     "StoreReader",
     "Unit",
     "build_view",
+    "describe",
     "open_rows",
     "read_journal",
     "rows_from",
+    "rows_of",
     "shard_problem",
+    "stored_problem",
     "unit_problem",
     "view_problem",
+    "write_npz",
+    "write_plain",
     "write_rows",
 ]

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 
 from hpcguard.errors import InputError
-from hpcguard.store.schema import COLUMN
+from hpcguard.store.schema import COLUMN, SCHEMA_VERSION
 
 MOST_OPEN = 16  # files at a time: a store may have ten thousand
 BLOCK_BYTES = 2**18  # decoded; what one read should have at least, for h5py's own cost of a read to vanish
@@ -37,16 +37,22 @@ class StoreReader:
     def __init__(self, store: Path) -> None:
         self.store = store
         try:
-            with _open(store) as file:
-                self.schema, self.fingerprint = file.attrs.get("schema"), file.attrs.get("fingerprint")
+            with open_file(store) as file:
+                schema, self.fingerprint = file.attrs.get("schema"), str(file.attrs.get("fingerprint", ""))
+                self.schema = schema.item() if isinstance(schema, np.generic) else schema
                 present = [name for name in COLUMN if name in file]
                 self.shapes: dict[str, tuple[int, ...]] = {name: file[name].shape for name in present}
                 self.dtypes: dict[str, np.dtype] = {name: file[name].dtype for name in present}
                 layouts = {name: _layout(store, file[name]) for name in present}
         except (OSError, KeyError) as error:
             raise InputError(f"{store}: cannot be read as a store ({error})") from error
-        if "image_id" not in layouts:
-            raise InputError(f"{store}: holds no image_id, so it is no store of hpcguard's")
+        if "image_id" not in layouts or self.schema is None:
+            raise InputError(f"{store}: holds no schema and image_id, so it is no store of hpcguard's")
+        if self.schema != SCHEMA_VERSION:
+            raise InputError(
+                f"{store}: has schema {self.schema}, this hpcguard reads {SCHEMA_VERSION}; make it again with the "
+                "stage that made it"
+            )
         self.pieces = layouts["image_id"]
         if {name: shape[0] for name, shape in self.shapes.items() if shape[0] != len(self)}:
             raise InputError(f"{store}: damaged, its columns have different lengths")
@@ -72,6 +78,10 @@ class StoreReader:
         """How many rows to read at a time: whole chunks, about BLOCK_BYTES or more."""
         chunk = max(self._chunk_rows(name) for name in names)
         return chunk * -(-BLOCK_BYTES // max(1, chunk * self.row_bytes(names)))
+
+    def files(self) -> list[Path]:
+        """The files that hold the rows."""
+        return list(dict.fromkeys(piece.path for piece in self.pieces))
 
     def blocks(self, rows: int) -> Iterator[tuple[int, int]]:
         """All rows as (start, stop), at most `rows` each, none across two files."""
@@ -154,7 +164,7 @@ class _Files:
         if path not in self._open:
             if len(self._open) >= MOST_OPEN:
                 self._open.popitem(last=False)[1][0].close()
-            self._open[path] = (_open(path), {})
+            self._open[path] = (open_file(path), {})
         self._open.move_to_end(path)
         file, datasets = self._open[path]
         if name not in datasets:
@@ -162,7 +172,8 @@ class _Files:
         return datasets[name]
 
 
-def _open(path: Path) -> h5py.File:
+def open_file(path: Path) -> h5py.File:
+    """To read, also where the file system has no locks."""
     return h5py.File(path, "r", locking="best-effort")
 
 
