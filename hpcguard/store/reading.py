@@ -173,8 +173,8 @@ class _Files:
 
 
 def open_file(path: Path) -> h5py.File:
-    """To read, also where the file system has no locks."""
-    return h5py.File(path, "r", locking="best-effort")
+    """To read, also where the file system has no locks; without a cache of chunks, for each is asked for once."""
+    return h5py.File(path, "r", locking="best-effort", rdcc_nbytes=0)
 
 
 def _layout(store: Path, dataset: h5py.Dataset) -> list[Piece]:
