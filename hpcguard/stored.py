@@ -8,8 +8,8 @@ from hpcguard.cluster.plan import read_plan
 from hpcguard.config import Config, load_config
 from hpcguard.data import ImageSet, load_images
 from hpcguard.errors import InputError
-from hpcguard.runs import RunFolder, digest_file, read_json, run_of
-from hpcguard.store import StoreReader, view_problem
+from hpcguard.runs import RunFolder, digest_file, run_of
+from hpcguard.store import StoreReader, read_manifest, read_store_manifest, view_problem
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,13 @@ class Stored:
         folder, path = self.folder, self.path
         if folder is not None and path.resolve() == folder.store.resolve():
             problem = view_problem(folder.store, folder.store_manifest, read_plan(folder.plan).fingerprint)
-            recorded = None if problem else read_json(folder.store_manifest, "", images=int)["images"]
+            recorded = None if problem else read_store_manifest(folder.store_manifest)["images"]
             if recorded is not None and recorded != len(self.reader):
                 problem = f"{path}: {len(self.reader)} rows, its manifest says {recorded}"
             return problem, f"digests of {1 + len(self.reader.files())} files"
         manifest = path.with_suffix(".json")
         if folder is not None and path.resolve().parent == folder.shards.resolve():
-            recorded = read_json(manifest, "attribute again", sha256=str)["sha256"]
+            recorded = read_manifest(manifest)["sha256"]
             same = recorded == digest_file(path)
             return None if same else f"{path}: its bytes differ from the manifest's digest", "digest of the file"
         return None, "no digest, for there is no manifest of it"

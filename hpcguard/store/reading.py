@@ -11,9 +11,9 @@ import h5py
 import numpy as np
 
 from hpcguard.errors import InputError
-from hpcguard.store.schema import COLUMN, SCHEMA_VERSION
+from hpcguard.store.schema import COLUMN, schema_problem
 
-MOST_OPEN = 16  # files at a time: a store may have ten thousand
+MOST_OPEN = 64  # files at a time: a store may have ten thousand shards
 BLOCK_BYTES = 2**18  # decoded; what one read should have at least, for h5py's own cost of a read to vanish
 _ABANDONED: list[object] = []  # a parent's open files, which a forked child must neither use nor close
 
@@ -48,11 +48,8 @@ class StoreReader:
             raise InputError(f"{store}: cannot be read as a store ({error})") from error
         if "image_id" not in layouts or self.schema is None:
             raise InputError(f"{store}: holds no schema and image_id, so it is no store of hpcguard's")
-        if self.schema != SCHEMA_VERSION:
-            raise InputError(
-                f"{store}: has schema {self.schema}, this hpcguard reads {SCHEMA_VERSION}; make it again with the "
-                "stage that made it"
-            )
+        if problem := schema_problem(self.schema):
+            raise InputError(f"{store}: {problem}; make it again with the stage that made it")
         self.pieces = layouts["image_id"]
         if {name: shape[0] for name, shape in self.shapes.items() if shape[0] != len(self)}:
             raise InputError(f"{store}: damaged, its columns have different lengths")

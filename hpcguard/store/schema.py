@@ -1,13 +1,20 @@
 """What a store holds: one row an image (N rows, S segments at most, L explained labels)."""
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from hpcguard.attribution import Attribution
 
 SCHEMA_VERSION = 2  # 2: interval and effective_samples
-CHUNK_ROWS = 16  # a compromise: random rows want few rows a chunk, block reads and compression want many
+SHARD_CHUNK = 32 << 10  # bytes of a chunk of a shard: random rows want small ones
+PACKED_CHUNK = 256 << 10  # of a packed file, which is read in blocks: compression and block reads want large ones
+MOST_CHUNK_ROWS = 4096
+COMPRESSION: dict[str, Any] = {"compression": "gzip", "compression_opts": 4, "shuffle": True, "fletcher32": True}
+BLOCK = 8 << 20  # bytes of rows held at once where a whole file is looked at
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,31 @@ COLUMNS = (
     Column("num_samples", "u4", "N"),
 )
 COLUMN = {column.name: column for column in COLUMNS}
+
+
+def attributes(fingerprint: str, identity: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What every file of a store says of itself: its schema, and what its rows were made from.
+
+    identity: the plan's, everything that the values depend on; fingerprint is its digest.
+    """
+    about = identity or {}
+    return {
+        "schema": SCHEMA_VERSION,
+        "fingerprint": fingerprint,
+        "configuration": json.dumps(about, sort_keys=True),
+        "weights_sha256": str(about.get("model", {}).get("weights_sha256", "")),
+        "data_sha256": str(about.get("data", {}).get("sha256", "")),
+    }
+
+
+def schema_problem(version: object) -> str | None:
+    return None if version == SCHEMA_VERSION else f"has schema {version}, this hpcguard reads {SCHEMA_VERSION}"
+
+
+def chunk_rows(shape: Sequence[int], dtype: np.dtype, target: int) -> int:
+    """Rows of a chunk of about `target` bytes: a power of two, at most those that there are."""
+    row = dtype.itemsize * max(1, int(np.prod(shape[1:])))
+    return min(1 << max(0, (target // row).bit_length() - 1), MOST_CHUNK_ROWS, max(1, shape[0]))
 
 
 def rows_from(explained: Attribution, labels: np.ndarray) -> dict[str, np.ndarray]:

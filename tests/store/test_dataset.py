@@ -266,7 +266,7 @@ def test_each_chunk_is_decoded_once(
         original(self, name, piece, start, stop, out)
 
     monkeypatch.setattr(StoreReader, "_read", counted)
-    list(BlockShuffled(dataset, 7, block_rows=16, shuffled_rows=50))
+    list(BlockShuffled(dataset, 7, shuffled_rows=50))
     covered = np.concatenate([np.arange(start, stop) for start, stop in read])
     assert sorted(covered.tolist()) == list(range(200))
 

@@ -1,0 +1,281 @@
+#!/usr/bin/env python3
+"""Measure hpcguard's store: bytes an image, what writing and verifying cost, and how long a consolidation takes.
+
+  python tools/bench_store.py [--json] [--parts size,write,consolidate] [--cifar10 DIR] [--weights FILE]
+
+size         bytes of an explanation in a shard, and against float32 maps at 224x224
+write        writing, verifying and publishing a shard against computing it (ResNet-20, 256 samples)
+consolidate  1,000 shards of 1,000 rows, written by the real writer: verified and joined by 1 rank and by 2
+compression  sizes and speeds of filters, for docs/store_compression.md; hdf5plugin's own where it is installed
+             (only where --parts names it)
+
+size, write and compression explain real images: CIFAR-10 in DIR (data/cifar10) by the published ResNet-20 in FILE
+(data/weights/resnet20-12fca82f.th), slic of 50, 2 labels, 256 samples, half a second each on one core. consolidate
+writes 1 GB to the folder for temporary files and takes ten minutes, most of them for the shards.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+
+from hpcguard.attribution.segments import segment_image
+from hpcguard.config import Config
+from hpcguard.data import load_images
+from hpcguard.shards import Explainer, probabilities
+from hpcguard.store import ShardWriter, Unit, shard_problem
+from hpcguard.store.schema import COLUMN, COLUMNS, PACKED_CHUNK, SHARD_CHUNK, chunk_rows
+from hpcguard.store.shard import LIBVER
+
+PARTS = ("size", "write", "consolidate", "compression")
+DEFAULT_PARTS = "size,write,consolidate"
+SLIC = {"segmentation": "slic", "num_segments": 50, "num_samples": 256, "unit": 16}
+NORM = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+Figures = dict[str, float | None]
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="bench-store-") as name:
+        yield Path(name)
+
+
+def bench_config(cifar10: Path, weights: Path) -> Config:
+    return Config.model_validate(
+        {
+            "run": "bench", "device": "cpu", "data": {"name": "cifar10", "root": cifar10},
+            "model": {"name": "resnet20-cifar", "weights": weights, **NORM}, "attribution": SLIC,
+        }
+    )  # fmt: skip
+
+
+@cache
+def explained(cifar10: Path, weights: Path, count: int) -> tuple[Unit, ...]:
+    """The first training images of CIFAR-10, explained as `attribute` does."""
+    config = bench_config(cifar10, weights)
+    images, device = load_images(config.data, "train"), torch.device("cpu")
+    predict = probabilities(config, images, weights, device)
+    explainer = Explainer(config, images, predict, device, 1, config.attribution.batch_size)
+    unit = config.attribution.unit
+    return tuple(explainer.explain([images.ids[k : k + unit] for k in range(0, count, unit)]))
+
+
+def real_units(arguments: argparse.Namespace) -> tuple[Unit, ...]:
+    return explained(arguments.cifar10, arguments.weights, arguments.images)
+
+
+def ids_of(units: tuple[Unit, ...]) -> np.ndarray:
+    return np.concatenate([unit.rows["image_id"] for unit in units])
+
+
+# ------------------------------------------------------------------------------------------------------------ size
+def part_size(arguments: argparse.Namespace) -> Figures:
+    """CIFAR-10, slic of 50, 2 labels: coefficients, standard errors, intervals, segments and all else of a shard."""
+    units = real_units(arguments)
+    with temporary_folder() as folder:
+        manifest = publish(folder, units)
+        size = (folder / "0.h5").stat().st_size
+        by_column = stored_bytes(folder / "0.h5")
+        maps, segment_rows = rows_at_224(units)
+        shard = publish(folder, (Unit(segment_rows, 1.0),)) and (folder / "0.h5").stat().st_size
+        dense = dense_bytes(folder / "dense.h5", maps)
+    count = manifest["rows"]
+    for name, stored in sorted(by_column.items(), key=lambda item: -item[1]):
+        print(f"  {name:<20} {stored / count:8.1f} bytes an image")
+    return {
+        "bytes_per_image": size / count,
+        "segments_per_image": float(np.mean(np.concatenate([unit.rows["num_segments"] for unit in units]))),
+        "bytes_per_image_224": shard / len(maps),
+        "dense_bytes_per_image_224": dense / len(maps),
+        "ratio_to_dense_maps_224": shard / dense,
+    }
+
+
+def publish(folder: Path, units: tuple[Unit, ...]) -> dict[str, Any]:
+    writer = ShardWriter(folder / "0.h5", folder / "0.json", "bench", "u1", {"attribution": SLIC})
+    return writer.publish(ids_of(units), units)
+
+
+def stored_bytes(path: Path) -> dict[str, int]:
+    with h5py.File(path) as file:
+        return {name: file[name].id.get_storage_size() for name in COLUMN}
+
+
+def rows_at_224(units: tuple[Unit, ...], count: int = 32) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Crops of a photograph at 224x224, slic of 50, with CIFAR's coefficients; as float32 maps [B, 4, 224, 224], rows.
+
+    A map shows each pixel the value of its segment: coefficients and standard errors of two labels.
+    """
+    from skimage import data, transform
+
+    config = Config.model_validate({"run": "bench", "attribution": SLIC}).attribution
+    picture = data.astronaut() / 255
+    crops = [picture[6 * k : 6 * k + 300, 5 * k : 5 * k + 300] for k in range(count)]
+    images = [transform.resize(crop, (224, 224)).transpose(2, 0, 1).astype(np.float32) for crop in crops]
+    segments = np.stack([segment_image(image, config, k) for k, image in enumerate(images)])
+    counts = segments.reshape(count, -1).max(1) + 1
+    random = np.random.default_rng(0)
+    taken = random.integers(0, min(len(unit.rows["image_id"]) for unit in units), count)
+    rows = {name: np.stack([units[k % len(units)].rows[name][taken[k]] for k in range(count)]) for name in COLUMN
+            if "S" not in COLUMN[name].axes}  # fmt: skip
+    rows |= {"segments": segments, "num_segments": counts, "image_id": np.arange(count)}
+    present = np.arange(counts.max()) < counts[:, None, None]
+    for name in ("coefficients", "standard_error", "interval"):
+        pool = np.concatenate([unit.rows[name][np.isfinite(unit.rows[name])] for unit in units])
+        drawn = random.choice(pool, (count, 2, counts.max())).astype(np.float32)
+        rows[name] = np.where(present, drawn, np.nan)
+    both = np.concatenate([rows["coefficients"], rows["standard_error"]], 1)
+    return np.stack([values[:, own] for values, own in zip(both, segments, strict=True)]), rows
+
+
+def dense_bytes(path: Path, maps: np.ndarray) -> int:
+    """float32 maps as others store them: a chunk an image, gzip-4 with shuffle."""
+    with h5py.File(path, "w") as file:
+        made = file.create_dataset(
+            "maps", data=maps, chunks=(1, *maps.shape[1:]), compression="gzip", compression_opts=4, shuffle=True
+        )
+        return int(made.id.get_storage_size())
+
+
+# ----------------------------------------------------------------------------------------------------------- write
+def part_write(arguments: argparse.Namespace) -> Figures:
+    """One shard of these images: write, read back, publish, manifest; against the seconds of its explanations."""
+    units = real_units(arguments)
+    compute = sum(unit.seconds for unit in units)
+    writes, verifies = [], []
+    with temporary_folder() as folder:
+        for _ in range(arguments.rounds):
+            started = time.perf_counter()
+            publish(folder, units)
+            writes.append(time.perf_counter() - started)
+            started = time.perf_counter()
+            assert shard_problem(folder / "0.h5", folder / "0.json", ids_of(units), "bench") is None
+            verifies.append(time.perf_counter() - started)
+    count = len(ids_of(units))
+    return {
+        "compute_ms_per_image": 1000 * compute / count,
+        "write_ms_per_image": 1000 * statistics.median(writes) / count,
+        "verify_ms_per_image": 1000 * statistics.median(verifies) / count,
+        "write_overhead": statistics.median(writes) / compute,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------- compression
+def part_compression(arguments: argparse.Namespace) -> Figures:
+    """Each filter on the same rows, all with fletcher32; MB of rows a second, whole columns, one thread."""
+    units = real_units(arguments)
+    with temporary_folder() as folder:
+        publish(folder, units)
+        with h5py.File(folder / "0.h5") as file:
+            rows = {name: file[name][:] for name in COLUMN}
+        raw = sum(values.nbytes for values in rows.values())
+        count = len(rows["image_id"])
+        figures: Figures = {}
+        print(f"  {'filter':<26} {'chunk':>8} {'bytes/image':>11} {'write MB/s':>10} {'read MB/s':>10}")
+        for name, options in filters().items():
+            for target in (SHARD_CHUNK, PACKED_CHUNK):
+                path = folder / "try.h5"
+                write = fastest(lambda: write_with(path, rows, options, target), arguments.rounds)  # noqa: B023
+                read = fastest(lambda: read_all(path), arguments.rounds)  # noqa: B023
+                size, kib = path.stat().st_size / count, target >> 10
+                print(f"  {name:<26} {kib:>4} KiB {size:>11.1f} {raw / write / 1e6:>10.1f} {raw / read / 1e6:>10.1f}")
+                figures[f"{name}_{kib}k_bytes"] = size
+    return {**figures, "raw_bytes_per_image": raw / count}
+
+
+def filters() -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {"none": {}}
+    for shuffle in (False, True):
+        tail = "+shuffle" if shuffle else ""
+        found |= {f"gzip-{level}{tail}": {"compression": "gzip", "compression_opts": level, "shuffle": shuffle}
+                  for level in (1, 2, 3, 4, 6)}  # fmt: skip
+        found[f"lzf{tail}"] = {"compression": "lzf", "shuffle": shuffle}
+    try:
+        import hdf5plugin
+    except ImportError:
+        print("  hdf5plugin is not installed: zstd and blosc2 are left out")
+        return found
+    for level in (1, 3, 9):
+        found[f"zstd-{level}+shuffle"] = {**hdf5plugin.Zstd(clevel=level), "shuffle": True}
+        for kind, name in ((hdf5plugin.Blosc2.SHUFFLE, "shuffle"), (hdf5plugin.Blosc2.BITSHUFFLE, "bitshuffle")):
+            found[f"blosc2-zstd-{level}+{name}"] = dict(hdf5plugin.Blosc2("zstd", level, kind))
+    return found
+
+
+def write_with(path: Path, rows: dict[str, np.ndarray], options: dict[str, Any], target: int) -> None:
+    with h5py.File(path, "w", libver=LIBVER) as file:
+        for column in COLUMNS:
+            data = rows[column.name]
+            chunks = (chunk_rows(data.shape, data.dtype, target), *data.shape[1:])
+            file.create_dataset(column.name, data=data, chunks=chunks, fletcher32=True, **options)
+
+
+def read_all(path: Path) -> None:
+    with h5py.File(path) as file:
+        for name in COLUMN:
+            file[name][:]
+
+
+def fastest(task: Callable[[], object], rounds: int) -> float:
+    """Seconds of CPU, the least of several rounds: other work on the machine only ever adds."""
+    seconds = []
+    for _ in range(rounds):
+        started = time.process_time()
+        task()
+        seconds.append(time.process_time() - started)
+    return min(seconds)
+
+
+# ------------------------------------------------------------------------------------------------------------ main
+def hardware() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+    cores = len(os.sched_getaffinity(0))
+    return f"{cores} core{'s' if cores > 1 else ''}, {model}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.add_argument("--parts", default=DEFAULT_PARTS, help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--images", type=int, default=512, help="explained for size, write and compression")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--shards", type=int, default=1000, help="of part consolidate")
+    parser.add_argument("--rows", type=int, default=1000, help="of a shard of part consolidate")
+    parser.add_argument("--cifar10", type=Path, default=Path("data/cifar10"))
+    parser.add_argument("--weights", type=Path, default=Path("data/weights/resnet20-12fca82f.th"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    figures: dict[str, Any] = {}
+    load: dict[str, float] = {}
+    for part in arguments.parts.split(","):
+        if part not in PARTS:
+            parser.error(f"unknown part {part!r}: some of {', '.join(PARTS)}")
+        function = globals()[f"part_{part}"]
+        print(f"{part}: {function.__doc__}", flush=True)
+        before = os.getloadavg()[0]
+        for name, value in function(arguments).items():
+            figures[name] = value
+            print(f"  {name:<34} {'not measured' if value is None else f'{value:.6g}'}", flush=True)
+        load[part] = max(before, os.getloadavg()[0])
+        print(f"  load of the machine {before:.1f} before, {os.getloadavg()[0]:.1f} after", flush=True)
+    if arguments.json:
+        versions = {"h5py": h5py.__version__, "hdf5": h5py.version.hdf5_version}
+        print(json.dumps({**figures, "hardware": hardware(), **versions, "load": load}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
