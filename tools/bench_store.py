@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
-"""Measure hpcguard's store: bytes an image, what writing and verifying cost, and how long a consolidation takes.
+"""Measure hpcguard's store: bytes an image, what writing and verifying cost, how long a
+consolidation takes, and how fast one trains from it.
 
-  python tools/bench_store.py [--json] [--parts size,write,consolidate] [--cifar10 DIR] [--weights FILE]
+  python tools/bench_store.py [--json] [--parts size,write,read,loader,consolidate] [--cifar10 DIR] [--weights FILE]
 
 size         bytes of an explanation in a shard, and against float32 maps at 224x224
 write        writing, verifying and publishing a shard against computing it (ResNet-20, 256 samples)
+read         batches through AttributionDataset against the same rows from an uncompressed np.memmap
+loader       share of a refinement step of ResNet-18 (CPU, batch 64, PGD-10) spent waiting for data
 consolidate  1,000 shards of 1,000 rows, written by the real writer: verified and joined by 1 rank and by 2
 compression  sizes and speeds of filters, for docs/store_compression.md; hdf5plugin's own where it is installed
              (only where --parts names it)
@@ -16,12 +19,13 @@ writes 1 GB to the folder for temporary files and takes ten minutes, most of the
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -30,17 +34,24 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
 from hpcguard.attribution.segments import segment_image
-from hpcguard.config import Config
-from hpcguard.data import load_images
+from hpcguard.config import Config, DataConfig, ModelConfig, TrainingConfig
+from hpcguard.data import ImageSet, load_images
+from hpcguard.data.image_set import ArrayPixels
+from hpcguard.models import build_model
+from hpcguard.refinement.engine import make_engine
+from hpcguard.refinement.spurious import flag_segments
+from hpcguard.refinement.step import GuidedStep
+from hpcguard.refinement.train import Batches, train
 from hpcguard.shards import Explainer, probabilities
-from hpcguard.store import ShardWriter, Unit, shard_problem
+from hpcguard.store import AttributionDataset, BlockShuffled, ShardWriter, Unit, build_view, shard_problem
 from hpcguard.store.schema import COLUMN, COLUMNS, PACKED_CHUNK, SHARD_CHUNK, chunk_rows
 from hpcguard.store.shard import LIBVER
 
-PARTS = ("size", "write", "consolidate", "compression")
-DEFAULT_PARTS = "size,write,consolidate"
+PARTS = ("size", "write", "read", "loader", "consolidate", "compression")
+DEFAULT_PARTS = "size,write,read,loader,consolidate"
 SLIC = {"segmentation": "slic", "num_segments": 50, "num_samples": 256, "unit": 16}
 NORM = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 Figures = dict[str, float | None]
@@ -238,6 +249,177 @@ def fastest(task: Callable[[], object], rounds: int) -> float:
     return min(seconds)
 
 
+# ------------------------------------------------------------------------------------------------------------ read
+READ_BATCH, READ_SEGMENTS, READ_SHARD = 64, 28, 1000
+
+
+def part_read(arguments: argparse.Namespace) -> Figures:
+    """Block-shuffled batches of 64, shards of 1,000 rows by the real writer; one thread, files in the page cache."""
+    with temporary_folder() as folder:
+        store, images = readable_store(folder, arguments)
+        disk, held = (AttributionDataset(store, images, memory=memory) for memory in (False, True))
+        mapped = memory_maps(folder, held)
+        blocks = BlockShuffled(disk, READ_BATCH)
+        order = list(blocks._order(0, len(images)))
+        batches = np.split(np.concatenate(order), range(READ_BATCH, len(images), READ_BATCH))
+        one = next(iter(blocks))
+        again = disk.complete(batches[0], {name: each[batches[0]] for name, each in mapped.items()})
+        assert all(torch.equal(one[name].nan_to_num(), again[name].nan_to_num()) for name in again)
+        tasks: dict[str, Callable[[], object]] = {
+            "store": lambda: list_lengths(BlockShuffled(disk, READ_BATCH)),
+            "held": lambda: list_lengths(BlockShuffled(held, READ_BATCH)),
+            "memmap": lambda: list_lengths(
+                disk.complete(own, {name: each[own] for name, each in mapped.items()}) for own in batches
+            ),
+            "store_rows": lambda: [disk.decode(part) for part in order],
+            "memmap_rows": lambda: [each[own] for own in batches for each in mapped.values()],
+        }
+        wall, cpu = in_turns(tasks, arguments.rounds)
+        cold, _ = in_turns({name: tasks[name] for name in ("store", "memmap")}, arguments.rounds, folder)
+        worker = one_worker(disk)
+    for name, seconds in wall.items():
+        own, both = len(images) / seconds, f"{1e6 * seconds / len(images):.2f}"
+        print(f"  {name:<12} {own:12.0f} rows/s {both:>8} us/row, CPU {1e6 * cpu[name] / len(images):.2f} us/row")
+    return {
+        "read_vs_memmap": wall["memmap"] / wall["store"],
+        "read_in_memory_vs_memmap": wall["memmap"] / wall["held"],
+        "rows_per_second_one_worker": worker,
+        "read_vs_memmap_cpu": cpu["memmap"] / cpu["store"],
+        "read_in_memory_vs_memmap_cpu": cpu["memmap"] / cpu["held"],
+        "read_vs_memmap_cold": cold["memmap"] / cold["store"],
+        "read_vs_memmap_without_images": wall["memmap_rows"] / wall["store_rows"],
+        "rows_per_second_same_process": len(images) / wall["store"],
+    }
+
+
+def readable_store(folder: Path, arguments: argparse.Namespace) -> tuple[Path, ImageSet]:
+    """A view over shards, and the images: CIFAR-10 where it is, else noise of its shape."""
+    count = arguments.read_rows
+    if (arguments.cifar10 / "cifar-10-batches-py").is_dir():
+        images = load_images(DataConfig(name="cifar10", root=arguments.cifar10), "train")
+        images = images.subset(images.ids[:count])
+    else:
+        print("  no CIFAR-10: noise")
+        random, ids = np.random.default_rng(0), np.arange(count)
+        pixels = ArrayPixels(random.integers(0, 256, (count, 3, 32, 32), np.uint8), 255)
+        images = ImageSet("noise", "train", tuple("0123456789"), ids, ids % 10, pixels.shape, pixels)
+    shards, manifests = [], []
+    distinct = read_rows(min(count, 2048))
+    for start in range(0, len(images), READ_SHARD):
+        ids = images.ids[start : start + READ_SHARD]
+        rows = {name: each[ids % len(distinct["label"])] for name, each in distinct.items()}
+        rows |= {"image_id": ids, "label": images.labels_of(ids)}
+        path, manifest = folder / f"shards/{len(shards)}.h5", folder / f"shards/{len(shards)}.json"
+        manifests.append(ShardWriter(path, manifest, "bench", "u1").publish(ids, [Unit(rows, 1.0)]))
+        shards.append(path)
+    build_view(folder / "store.h5", shards, manifests, "bench")
+    size = sum(path.stat().st_size for path in shards)
+    print(f"  {len(images)} rows in {len(shards)} shards, {size / len(images):.0f} bytes a row", flush=True)
+    return folder / "store.h5", images
+
+
+def read_rows(count: int) -> dict[str, np.ndarray]:
+    """Rows such as LIME's of CIFAR: segments are the cells of 28 random points, values are random."""
+    random = np.random.default_rng(0)
+    grid = np.stack(np.meshgrid(np.arange(32), np.arange(32)), -1).reshape(-1, 1, 2)
+    points = random.uniform(0, 32, (count, READ_SEGMENTS, 2))
+    maps = np.stack([((grid - own) ** 2).sum(-1).argmin(1).reshape(32, 32) for own in points])
+    sizes = {"N": count, "L": 2, "S": READ_SEGMENTS}
+    rows = {
+        column.name: abs(random.normal(0, 0.01, [sizes[axis] for axis in column.axes])).astype(np.float32)
+        if column.dtype == "f4" else random.integers(0, 10, [sizes[axis] for axis in column.axes])
+        for column in COLUMNS if column.name != "segments"
+    }  # fmt: skip
+    rows["coefficients"] *= random.choice([-1, 1], rows["coefficients"].shape).astype(np.float32)
+    return {**rows, "segments": maps, "num_segments": np.full(count, READ_SEGMENTS)}
+
+
+def memory_maps(folder: Path, held: AttributionDataset) -> dict[str, np.ndarray]:
+    """The columns of all items, uncompressed, in files of their own."""
+    maps = {}
+    for name, values in held.decode(np.arange(len(held))).items():
+        values.tofile(folder / f"{name}.bin")
+        maps[name] = np.memmap(folder / f"{name}.bin", values.dtype, "r", shape=values.shape)
+    os.sync()  # pages that are not written yet could not be dropped
+    return maps
+
+
+def list_lengths(batches: Iterable[dict[str, torch.Tensor]]) -> int:
+    return sum(len(batch["label"]) for batch in batches)
+
+
+def in_turns(
+    tasks: dict[str, Callable[[], object]], rounds: int, cold: Path | None = None
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Least wall and CPU seconds of each task, run in turns; cold: files below are dropped from the cache before."""
+    wall, cpu = dict.fromkeys(tasks, math.inf), dict.fromkeys(tasks, math.inf)
+    for _ in range(rounds):
+        for name, task in tasks.items():
+            for path in cold.rglob("*") if cold else ():
+                if path.is_file():
+                    with path.open("rb") as file:
+                        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            started, busy = time.perf_counter(), time.process_time()
+            task()
+            wall[name] = min(wall[name], time.perf_counter() - started)
+            cpu[name] = min(cpu[name], time.process_time() - busy)
+    return wall, cpu
+
+
+def one_worker(dataset: AttributionDataset) -> float:
+    """Rows a second that a DataLoader gets from one worker, after its first batch."""
+    batches = iter(DataLoader(BlockShuffled(dataset, READ_BATCH), batch_size=None, num_workers=1, prefetch_factor=8))
+    next(batches)
+    started = time.perf_counter()
+    return list_lengths(batches) / (time.perf_counter() - started)
+
+
+# ---------------------------------------------------------------------------------------------------------- loader
+def part_loader(arguments: argparse.Namespace) -> Figures:
+    """Guided steps of ResNet-18 on CIFAR's size, batch 64, PGD-10, all loss terms, one CPU thread; random rows."""
+    settings = {"batch_size": 64, "epochs": 1, "max_steps": arguments.steps, "engine": "torch", "augment": "crop-flip"}
+    training = TrainingConfig.model_validate({**settings, "spurious": {"max_empty": 1.0}})
+    with temporary_folder() as folder:
+        store, images = readable_store(folder, arguments)
+        datasets = {name: AttributionDataset(store, images, ["segments"], name == "held") for name in ("disk", "held")}
+        for dataset in datasets.values():
+            dataset.flagged = flag_segments(dataset.rows, training.spurious, 0)
+        net = build_model(ModelConfig(name="resnet18-cifar"), len(images.classes), images.shape[0])
+        step = GuidedStep(net, training, torch.full((3,), 0.5))
+        waits: list[float] = []
+        ends = [time.perf_counter()]
+        read = timed(datasets["disk"].batch, waits)
+        engine = make_engine(step, training, torch.device("cpu"), 1)
+        train(
+            engine, Batches(read, len(images)), None, training, folder / "arm", "bench",
+            lambda done, note: ends.append(time.perf_counter()), lambda log: None,
+        )  # fmt: skip
+        random, held_waits = np.random.default_rng(0), list[float]()
+        held = timed(datasets["held"].batch, held_waits)
+        for _ in range(100):
+            held(random.integers(0, len(images), 64))
+    step_s = statistics.median(np.diff(ends).tolist())
+    return {
+        "loader_share": statistics.median(held_waits) / step_s,
+        "loader_share_from_disk": statistics.median(waits) / step_s,
+        "refinement_step_s": step_s,
+        "loader_batch_ms": 1000 * statistics.median(held_waits),
+        "loader_batch_from_disk_ms": 1000 * statistics.median(waits),
+    }
+
+
+def timed(
+    read: Callable[[np.ndarray], dict[str, torch.Tensor]], seconds: list[float]
+) -> Callable[[np.ndarray], dict[str, torch.Tensor]]:
+    def measured(chosen: np.ndarray) -> dict[str, torch.Tensor]:
+        started = time.perf_counter()
+        batch = read(chosen)
+        seconds.append(time.perf_counter() - started)
+        return batch
+
+    return measured
+
+
 # ------------------------------------------------------------------------------------------------------------ main
 def hardware() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
@@ -254,6 +436,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--shards", type=int, default=1000, help="of part consolidate")
     parser.add_argument("--rows", type=int, default=1000, help="of a shard of part consolidate")
+    parser.add_argument("--read-rows", type=int, default=50_000, help="of parts read and loader")
+    parser.add_argument("--steps", type=int, default=3, help="of part loader")
     parser.add_argument("--cifar10", type=Path, default=Path("data/cifar10"))
     parser.add_argument("--weights", type=Path, default=Path("data/weights/resnet20-12fca82f.th"))
     arguments = parser.parse_args()
