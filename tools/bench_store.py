@@ -21,7 +21,9 @@ import argparse
 import json
 import math
 import os
+import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -37,7 +39,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from hpcguard.attribution.segments import segment_image
-from hpcguard.config import Config, DataConfig, ModelConfig, TrainingConfig
+from hpcguard.cluster.plan import agree_on_plan, make_plan, read_plan
+from hpcguard.cluster.ranks import communicator, mpi_command
+from hpcguard.config import Config, DataConfig, ModelConfig, SpuriousConfig, TrainingConfig
+from hpcguard.consolidate import consolidate
 from hpcguard.data import ImageSet, load_images
 from hpcguard.data.image_set import ArrayPixels
 from hpcguard.models import build_model
@@ -45,6 +50,7 @@ from hpcguard.refinement.engine import make_engine
 from hpcguard.refinement.spurious import flag_segments
 from hpcguard.refinement.step import GuidedStep
 from hpcguard.refinement.train import Batches, train
+from hpcguard.runs import RunFolder
 from hpcguard.shards import Explainer, probabilities
 from hpcguard.store import AttributionDataset, BlockShuffled, ShardWriter, Unit, build_view, shard_problem
 from hpcguard.store.schema import COLUMN, COLUMNS, PACKED_CHUNK, SHARD_CHUNK, chunk_rows
@@ -181,6 +187,108 @@ def part_write(arguments: argparse.Namespace) -> Figures:
         "verify_ms_per_image": 1000 * statistics.median(verifies) / count,
         "write_overhead": statistics.median(writes) / compute,
     }
+
+
+# ----------------------------------------------------------------------------------------------------- consolidate
+SIZE, SEGMENTS, LABELS = 32, 28, 2
+FINGERPRINTED = {"made by": "bench_store"}
+
+
+def part_consolidate(arguments: argparse.Namespace) -> Figures:
+    """1 rank and 2 ranks in turns over the same shards: digests, every row, statistics, view; medians of the rounds."""
+    shards, rounds = arguments.shards, min(arguments.rounds, 3)
+    with temporary_folder() as folder:
+        started = time.perf_counter()
+        run = write_shards(folder / "run", shards, arguments.rows)
+        total = sum(run.shard(index).stat().st_size for index in range(shards))
+        print(f"  {shards} shards, {total / 1e9:.2f} GB, written in {time.perf_counter() - started:.0f} s", flush=True)
+        tenth = first_shards(run, folder / "tenth", max(1, shards // 10), arguments.rows)
+        found: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
+        for _ in range(rounds):
+            for ranks in found:
+                found[ranks].append(consolidated(run, ranks))
+                print(f"  {ranks} rank(s): {found[ranks][-1]}", flush=True)
+        few = consolidated(tenth, 2)
+        packed = consolidated(run, 2, "--repack")
+    turns = zip(found[1], found[2], strict=True)
+    middle = {ranks: statistics.median(each["seconds"] for each in found[ranks]) for ranks in found}
+    return {
+        "consolidate_1m_s": middle[2],
+        "consolidate_1m_one_rank_s": middle[1],
+        "consolidate_1m_command_s": statistics.median(each["command_seconds"] for each in found[2]),
+        "mpi_speedup": statistics.median(one["seconds"] / two["seconds"] for one, two in turns),
+        "repack_1m_s": packed["seconds"],
+        "peak_memory_mb": max(each["memory_mb"] for each in found[2]),
+        "peak_memory_of_a_tenth_mb": few["memory_mb"],
+    }
+
+
+def write_shards(folder: Path, shards: int, per_shard: int) -> RunFolder:
+    """Shards by the real writer; segments are cells of random points, values are random."""
+    run, ids = RunFolder(folder), np.arange(shards * per_shard)
+    run.create()
+    plan = agree_on_plan(run.plan, make_plan(ids, per_shard, shards, FINGERPRINTED))
+    random = np.random.default_rng(0)
+    grid = np.stack(np.meshgrid(np.arange(SIZE), np.arange(SIZE)), -1).reshape(-1, 1, 2)
+    cells = [((grid - random.uniform(0, SIZE, (SEGMENTS, 2))) ** 2).sum(-1).argmin(1) for _ in range(per_shard)]
+    maps = np.stack(cells).reshape(per_shard, SIZE, SIZE)
+    for index in range(shards):
+        own = plan.shard_ids(index, ids)
+        rows = random_rows(own, np.roll(maps, index, 0), random)
+        writer = ShardWriter(run.shard(index), run.manifest(index), plan.fingerprint, "u1", plan.identity)
+        writer.publish(own, [Unit(rows, 300.0)], shard=index)
+    return run
+
+
+def random_rows(ids: np.ndarray, maps: np.ndarray, random: np.random.Generator) -> dict[str, np.ndarray]:
+    count = len(ids)
+    rows: dict[str, np.ndarray] = {"image_id": ids, "segments": maps, "num_segments": np.full(count, SEGMENTS)}
+    for column in COLUMNS:
+        if column.name in rows:
+            continue
+        shape = (count, *({"L": LABELS, "S": SEGMENTS}[axis] for axis in column.axes[1:]))
+        floats = column.dtype == "f4"
+        rows[column.name] = random.normal(0, 0.01, shape) if floats else random.integers(0, 10, shape)
+    return rows
+
+
+def first_shards(run: RunFolder, folder: Path, count: int, per_shard: int) -> RunFolder:
+    """The same shards, but only the first of them."""
+    fewer = RunFolder(folder)
+    fewer.create()
+    agree_on_plan(fewer.plan, make_plan(np.arange(count * per_shard), per_shard, count, FINGERPRINTED))
+    for index in range(count):
+        fewer.shard(index).hardlink_to(run.shard(index))
+        fewer.manifest(index).hardlink_to(run.manifest(index))
+    return fewer
+
+
+def consolidated(run: RunFolder, ranks: int, *options: str) -> dict[str, Any]:
+    """consolidate's own work in so many ranks: seconds, of the whole command too, and a rank's largest memory."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--as-rank", str(run.path), *options]
+    environment = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    started = time.perf_counter()
+    done = subprocess.run(
+        mpi_command(ranks, command) or command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True,
+        check=True,
+    )  # fmt: skip
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert figures["ranks"] == ranks
+    return {**figures, "command_seconds": round(time.perf_counter() - started, 2)}
+
+
+def as_rank(folder: Path, repack: bool) -> None:
+    """One rank of a consolidation; rank 0 prints what it took."""
+    run, world = RunFolder(folder), communicator()
+    plan = read_plan(run.plan)
+    ids, classes = np.arange(plan.num_images), [str(k) for k in range(10)]
+    world.gather(None)
+    started = time.perf_counter()
+    consolidate(run, plan, ids, classes, SpuriousConfig(), world, repack, 0.01)
+    seconds = time.perf_counter() - started
+    memory = world.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    if memory is not None:
+        print(json.dumps({"ranks": world.size, "seconds": round(seconds, 2), "memory_mb": round(max(memory), 1)}))
 
 
 # ----------------------------------------------------------------------------------------------------- compression
@@ -440,7 +548,12 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=3, help="of part loader")
     parser.add_argument("--cifar10", type=Path, default=Path("data/cifar10"))
     parser.add_argument("--weights", type=Path, default=Path("data/weights/resnet20-12fca82f.th"))
+    parser.add_argument("--as-rank", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--repack", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.as_rank:
+        as_rank(arguments.as_rank, arguments.repack)
+        return 0
     torch.set_num_threads(1)
     figures: dict[str, Any] = {}
     load: dict[str, float] = {}
