@@ -38,6 +38,14 @@ def test_cluster_asks_a_real_queue_for_status() -> None:
     assert {"status_50_s", "submit_20_tasks_s"} <= cluster_figures("status").keys()
 
 
+def test_store_reads_the_same_rows_as_a_memmap() -> None:
+    command = [sys.executable, str(BENCH.with_name("bench_store.py")), "--parts", "read", "--read-rows", "1100"]
+    done = subprocess.run([*command, "--rounds", "1", "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr  # it compares a batch with the memmap's itself
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert {"read_vs_memmap", "read_in_memory_vs_memmap", "rows_per_second_one_worker"} <= figures.keys()
+
+
 @pytest.mark.parametrize(("bench", "some"), [(BENCH, "cost, small"), (CLUSTER, "plan, folder, resume")])
 def test_an_unknown_part_is_refused(bench: Path, some: str) -> None:
     done = subprocess.run([sys.executable, str(bench), "--parts", "speed"], capture_output=True, text=True)

@@ -216,6 +216,35 @@ def test_a_store_outside_its_run_folder_is_exported_without_names(
     assert len(np.load(tmp_path / "a.npz")["classes"]) == 0
 
 
+def test_a_repacked_store_holds_the_same(
+    copy: Path, rows: Rows, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said(capsys, "consolidate", copy, "--repack")
+    shutil.rmtree(copy / "shards")
+    assert "values of 120 rows" in said(capsys, "inspect", copy, "--verify")
+    said(capsys, "export", copy, tmp_path / "a.npz")
+    with np.load(tmp_path / "a.npz") as found:
+        assert all(found[name].tobytes() == rows[name].tobytes() for name in COLUMN)
+    packed = next((copy / "packed").glob("*.h5"))
+    assert json.loads(said(capsys, "inspect", packed, "--json"))["images"] <= 120
+
+
+def test_the_example_of_the_documentation_runs(attributed: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/quickstart").symlink_to(attributed)
+    text = (Path(__file__).parents[1] / "docs/store.md").read_text()
+    example = text.partition("```python\n")[2].partition("```")[0]
+    assert "import hpcguard" not in example
+    done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[1:] == ["(8,", "8)", "True"]
+
+
+def test_the_documentation_names_every_column() -> None:
+    text = (Path(__file__).parents[1] / "docs/store.md").read_text()
+    assert all(f"`{name}`" in text for name in COLUMN)
+
+
 # ------------------------------------------------------------------------------------------------------- bad input
 def other_seed(run: Path) -> None:
     values = yaml.safe_load((run / "config.yaml").read_text())
