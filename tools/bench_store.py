@@ -205,9 +205,7 @@ def part_consolidate(arguments: argparse.Namespace) -> Figures:
         "consolidate_1m_s": middle[2],
         "consolidate_1m_one_rank_s": middle[1],
         "consolidate_1m_command_s": statistics.median(each["command_seconds"] for each in found[2]),
-        "mpi_speedup": statistics.median(
-            one["seconds"] / two["seconds"] for one, two in zip(*found.values(), strict=True)
-        ),
+        "mpi_speedup": statistics.median(one["seconds"] / two["seconds"] for one, two in turns),
         "repack_1m_s": packed["seconds"],
         "peak_memory_mb": max(each["memory_mb"] for each in found[2]),
         "peak_memory_of_a_tenth_mb": few["memory_mb"],
