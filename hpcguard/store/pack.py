@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,8 @@ def pack_shards(
                 file.attrs.update(attributes(fingerprint, identity))
                 _create(file, shapes, total)
                 _copy(file, shards)
-        except (OSError, RuntimeError) as error:  # HDF5 has many words for a full disk
-            number = errno.ENOSPC if "errno = 28" in str(error) or "No space left" in str(error) else errno.EIO
-            raise OSError(number, f"cannot be written ({_short(error)})", str(target)) from error
+        except (OSError, RuntimeError) as error:
+            raise _plain(error, target) from error
         with h5py.File(temporary, "r", rdcc_nbytes=CACHE) as file:
             if problem := _difference(file, shards):
                 raise RuntimeError(f"{target.name}: written and read back, but {problem}")
@@ -108,6 +108,9 @@ def _is_float(values: np.ndarray) -> bool:
     return values.dtype.kind == "f"
 
 
-def _short(error: Exception) -> str:
+def _plain(error: Exception, target: Path) -> OSError:
+    """HDF5's paragraph about a failed write as one line."""
     text = " ".join(str(error).split())
-    return text if len(text) < 120 else text[:120] + "…"
+    if "errno = 28" in text or os.strerror(errno.ENOSPC) in text:
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+    return OSError(errno.EIO, f"cannot be written ({text[:120]})", str(target))

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from stored_rows import make_rows
 
 from hpcguard.runs import digest_json
 from hpcguard.store import ShardWriter, Unit, open_rows, shard_problem
@@ -23,28 +23,6 @@ from hpcguard.store.schema import COLUMN
 
 IDENTITY = {"data": {"sha256": "da7a"}, "model": {"weights_sha256": "3e1947"}, "attribution": {"num_samples": 1e-05}}
 PRINT = digest_json(IDENTITY)
-
-
-def make_rows(
-    ids: np.ndarray, segments: int = 5, labels: int = 2, size: int = 8, seed: int = 0
-) -> dict[str, np.ndarray]:
-    """Rows of the schema's types, each with a count of segments of its own."""
-    generator = np.random.default_rng([seed, *ids[:1].tolist()])
-    count = generator.integers(1, segments + 1, len(ids))
-    count[0] = segments
-    present = np.arange(segments) < count[:, None, None]
-    padded = {
-        name: np.where(present, generator.normal(size=(len(ids), labels, segments)), np.nan).astype("f4")
-        for name in ("coefficients", "standard_error", "interval")
-    }
-    flat = {name: generator.random((len(ids), labels), "f4") for name in ("probability", "intercept", "score")}
-    return {
-        "image_id": ids.astype("i8"), "label": (ids % 10).astype("i4"), "predicted": (ids % 7).astype("i4"),
-        "segments": generator.integers(0, count[:, None, None], (len(ids), size, size)).astype("u2"),
-        "num_segments": count.astype("u2"), "target": generator.integers(0, 10, (len(ids), labels)).astype("i4"),
-        "effective_samples": generator.random(len(ids), "f4"), "num_samples": np.full(len(ids), 64, "u4"),
-        **padded, **flat,
-    }  # fmt: skip
 
 
 def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
@@ -121,21 +99,6 @@ def test_a_killed_writer_leaves_no_shard_that_is_wrong(tmp_path: Path) -> None:
     assert problem(tmp_path, ids) is None
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(mount, capture_output=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("needs mount")
-    if done.returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 def test_a_full_disk_is_one_clear_error_and_damages_nothing(small_disk: Path) -> None:
     small, large = np.arange(10), np.arange(300)
     writer(small_disk).publish(small, [Unit(make_rows(small), 1.0)])
@@ -175,12 +138,14 @@ def test_a_file_says_what_it_was_made_from_and_has_the_same_bytes_again(sound: P
                              '"model": {"weights_sha256": "3e1947"}}',
         }  # fmt: skip
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import numpy as np; from pathlib import Path\n"
+        "import sys; sys.path[:0] = sys.argv[1:3]; import numpy as np; from pathlib import Path\n"
         "from test_trust import *; time.sleep(1.1)  # HDF5 keeps times in seconds\n"
-        "writer(Path(sys.argv[2])).publish(np.arange(40), [Unit(make_rows(np.arange(40)), 2.0)])"
+        "writer(Path(sys.argv[3])).publish(np.arange(40), [Unit(make_rows(np.arange(40)), 2.0)])"
     )
     perturbed = {**os.environ, "MALLOC_PERTURB_": "170"}  # bytes that HDF5 leaves unset would differ
-    subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)], check=True, env=perturbed)
+    here = Path(__file__).parent
+    command = [sys.executable, "-c", code, str(here), str(here.parent), str(tmp_path)]
+    subprocess.run(command, check=True, env=perturbed)
     assert (tmp_path / "0.h5").read_bytes() == (sound / "0.h5").read_bytes()
 
 
