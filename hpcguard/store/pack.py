@@ -72,28 +72,32 @@ def _create(file: h5py.File, shapes: Mapping[str, tuple[np.dtype, tuple[int, ...
 
 
 def _copy(file: h5py.File, shards: Sequence[Path]) -> None:
-    start = 0
+    start, sets = 0, _sets(file)
     for shard in shards:
         with h5py.File(shard, "r") as source:
-            for rows in row_blocks(source):
+            for rows in row_blocks(_sets(source)):
                 stop = start + len(rows["image_id"])
                 for name, values in rows.items():
-                    file[name][start:stop, *(slice(size) for size in values.shape[1:])] = values
+                    sets[name][start:stop, *(slice(size) for size in values.shape[1:])] = values
                 start = stop
 
 
 def _difference(file: h5py.File, shards: Sequence[Path]) -> str | None:
-    start = 0
+    start, sets = 0, _sets(file)
     for shard in shards:
         with h5py.File(shard, "r") as source:
-            for rows in row_blocks(source):
+            for rows in row_blocks(_sets(source)):
                 stop = start + len(rows["image_id"])
                 for name, values in rows.items():
-                    written = file[name][start:stop]
+                    written = sets[name][start:stop]
                     if not np.array_equal(written, _widened(name, values, written.shape), equal_nan=_is_float(values)):
                         return f"{name} differs from {shard.name}"
                 start = stop
     return None if start == len(file["image_id"]) else f"it has {len(file['image_id'])} rows, {start} were copied"
+
+
+def _sets(file: h5py.File) -> dict[str, h5py.Dataset]:
+    return {name: file[name] for name in COLUMN}
 
 
 def _widened(name: str, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -217,11 +217,12 @@ def values_problem(
                 return problem
             if file.attrs.get("fingerprint") != recorded["fingerprint"]:
                 return "its attributes are another plan's"
-            for name, described in recorded["columns"].items():
-                if [file[name].dtype.str, list(file[name].shape)] != described:
+            sets = {name: file[name] for name in COLUMN}
+            for name, made in sets.items():
+                if [made.dtype.str, list(made.shape)] != recorded["columns"][name]:
                     return f"{name} is not as its manifest describes it"
             start = 0
-            for rows in row_blocks(file):
+            for rows in row_blocks(sets):
                 stop = start + len(rows["image_id"])
                 if problem := _unfit(rows, ids[start:stop]):
                     return problem
@@ -233,12 +234,12 @@ def values_problem(
         return f"unreadable ({error})"
 
 
-def row_blocks(file: h5py.File, columns: Sequence[str] = tuple(COLUMN)) -> Iterator[Rows]:
-    """All rows in blocks of about BLOCK bytes, cut where the columns' shapes alone say."""
-    row = sum(file[name].dtype.itemsize * int(np.prod(file[name].shape[1:])) for name in columns)
+def row_blocks(sets: Mapping[str, h5py.Dataset]) -> Iterator[Rows]:
+    """All rows of some columns in blocks of about BLOCK bytes, cut where the columns' shapes alone say."""
+    row = sum(each.dtype.itemsize * int(np.prod(each.shape[1:])) for each in sets.values())
     step = 1 << max(0, (BLOCK // row).bit_length() - 1)
-    for start in range(0, len(file[columns[0]]), step):
-        yield {name: file[name][start : start + step] for name in columns}
+    for start in range(0, min(len(each) for each in sets.values()), step):
+        yield {name: each[start : start + step] for name, each in sets.items()}
 
 
 def unit_problem(rows: Mapping[str, np.ndarray]) -> str | None:
