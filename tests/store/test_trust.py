@@ -76,14 +76,20 @@ def test_a_killed_writer_leaves_no_shard_that_is_wrong(tmp_path: Path) -> None:
     versions = [make_rows(ids, seed=seed) for seed in range(50)]
     verified = broken = 0
     for _ in range(100):
+        told, tells = os.pipe()
         child = os.fork()
         if child == 0:
             while True:
                 for seed, rows in enumerate(versions):
                     writer(tmp_path, str(seed % 2)).publish(ids, [Unit(rows, 1.0)])
-        time.sleep(generator.uniform(0, 0.06))
+                    os.write(tells, b".")
+        started = time.monotonic()
+        os.read(told, 1)  # the first is published: a slow machine is killed at the same places as a fast one
+        time.sleep(generator.uniform(0, 1.5) * (time.monotonic() - started))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        os.close(told)
+        os.close(tells)
         for name in "01":
             if problem(tmp_path, ids, name) is None:
                 verified += 1
