@@ -1,7 +1,8 @@
 """Command line: `python -m hpcguard.STAGE CONFIG.yaml [section.key=value ...]`, or `hpcguard STAGE ...`.
 
 Every stage is a module with a docstring (its help), EXAMPLE, SECTIONS (the configuration it reads),
-`add_arguments(parser)` and `run(config, arguments) -> exit status`.
+`add_arguments(parser)` and `run(config, arguments) -> exit status`. The stages OF_STORES read any store, which need
+not lie in a run folder: theirs is `run(path, arguments)`.
 """
 
 import argparse
@@ -18,7 +19,8 @@ from hpcguard.config import describe_keys, load_config
 from hpcguard.errors import InputError
 from hpcguard.runs import check_private
 
-STAGES = ("attribute", "consolidate", "refine", "evaluate", "report", "status", "cancel")
+STAGES = ("attribute", "consolidate", "refine", "evaluate", "report", "status", "cancel", "inspect", "export")
+OF_STORES = ("inspect", "export")
 LOOKING = ("status",)  # reads others' run folders and runs nothing of theirs
 ALIASES = {"retry": "attribute"}
 ALIAS_HELP = {"retry": "Try what was given up again, with all that follows: attribute by another name."}
@@ -65,7 +67,10 @@ def run_stage(name: str, given: list[str] | None = None) -> int:
     parser = _parser(name, stage)
     try:
         arguments = parser.parse_intermixed_args(sys.argv[1:] if given is None else given)
-        config = load_config(Path(arguments.config), arguments.overrides)
+        source = Path(arguments.config)
+        if name in OF_STORES:
+            return int(stage.run(source, arguments))
+        config = load_config(source, arguments.overrides)
         if config.run.is_dir() and name not in LOOKING:
             check_private(config.run)  # its files may name code to be run
         return int(stage.run(config, arguments))
@@ -101,9 +106,12 @@ def _parser(name: str, stage: ModuleType) -> argparse.ArgumentParser:
         epilog="\n".join(["example:", *(f"  {line}" for line in stage.EXAMPLE), "", "keys and defaults:", *keys]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or a run folder (its config.yaml)")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to single keys")
+    if name in OF_STORES:
+        parser.add_argument("config", metavar="STORE", help="a store or shard (.h5), a run folder, or a YAML file")
+    else:
+        parser.add_argument("config", metavar="CONFIG", help="a YAML file, or a run folder (its config.yaml)")
     stage.add_arguments(parser)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to single keys")
     return parser
 
 

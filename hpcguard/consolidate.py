@@ -2,34 +2,62 @@
 
 Every planned image must be there exactly once, in shards whose bytes fit their manifests; otherwise nothing is
 published, and the shards to redo are named. Writes RUN/store.h5 (a virtual view) and RUN/store.json (statistics,
-digests of all sources). Starts its own ranks with cluster.mpi_ranks, or runs under mpiexec or srun --mpi.
+digests of all sources); with --repack also RUN/packed, a few large files laid out for training, over which the view
+then lies. Starts its own ranks with cluster.mpi_ranks, or runs under mpiexec or srun --mpi.
 """
 
 import argparse
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hpcguard.cluster.plan import Plan, attribution_identity, require_plan
 from hpcguard.cluster.ranks import Communicator, communicator, mpi_command, run_mpi, under_mpi
-from hpcguard.config import Config
-from hpcguard.data import ImageSet, load_images
+from hpcguard.config import Config, SpuriousConfig
+from hpcguard.data import load_images
 from hpcguard.errors import InputError
-from hpcguard.metrics.attribution import combine_statistics, row_statistics, summarise
+from hpcguard.metrics.attribution import Sums, combine_statistics, row_statistics, summarise, summarise_classes
 from hpcguard.progress import say
-from hpcguard.runs import RunFolder, digest_file, read_json, write_json
-from hpcguard.store import build_view, open_rows, shard_problem, view_problem
+from hpcguard.refinement.spurious import flag_segments
+from hpcguard.runs import RunFolder, digest_file, write_sealed
+from hpcguard.store import (
+    attributes,
+    build_view,
+    group_shards,
+    pack_shards,
+    read_manifest,
+    read_store_manifest,
+    shard_problem,
+    store_shapes,
+    view_problem,
+)
 
 EXAMPLE = (
     "python -m hpcguard.consolidate configs/quickstart.yaml cluster.mpi_ranks=2",
-    "mpiexec -n 4 python -m hpcguard.consolidate runs/quickstart",
+    "mpiexec -n 4 python -m hpcguard.consolidate runs/quickstart --repack",
 )
-SECTIONS = ("data", "model", "attribution", "cluster")
+SECTIONS = ("data", "model", "attribution", "cluster", "refinement")
+GROUPS = 256  # of shards, each added up by one rank: cut by the plan alone, so that no sum depends on the ranks
+RULES = ("misleading", "weight")
+
+
+@dataclass
+class Verified:
+    """What ranks found in their shards."""
+
+    problems: dict[int, str] = field(default_factory=dict)
+    manifests: dict[int, dict[str, Any]] = field(default_factory=dict)
+    sums: dict[int, Sums] = field(default_factory=dict)  # by group
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """No options beside the common ones."""
+    parser.add_argument("--repack", action="store_true", help="copy the shards into few large files for training")
 
 
 def run(config: Config, arguments: argparse.Namespace) -> int:
@@ -38,60 +66,118 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
     identity = attribution_identity(config, images, digest_file(folder.explained_weights(config)))
     plan = require_plan(folder.plan, identity)
     if not under_mpi():
-        if not view_problem(folder.store, folder.store_manifest, plan.fingerprint):
+        if _is_done(folder, plan, arguments.repack):
             say(f"consolidate: {folder.store} is there and fits its {plan.num_shards} shards")
             return 0
         if config.cluster.mpi_ranks > 1 and (command := mpi_command(config.cluster.mpi_ranks, _own_command(arguments))):
             return run_mpi(command)
-    world = communicator()
-    problems, statistics = _verify(folder, plan, images, world)
-    if world.rank == 0:
-        _publish(folder, plan, problems, statistics, world.size, config.cluster.quarantine)
+    consolidate(
+        folder, plan, images.ids, images.classes, config.refinement.spurious, communicator(), arguments.repack,
+        config.cluster.quarantine,
+    )  # fmt: skip
     return 0
 
 
 def _own_command(arguments: argparse.Namespace) -> list[str]:
-    return [sys.executable, "-m", "hpcguard.consolidate", arguments.config, *arguments.overrides]
+    repack = ["--repack"] if arguments.repack else []
+    return [sys.executable, "-m", "hpcguard.consolidate", arguments.config, *arguments.overrides, *repack]
+
+
+def _is_done(folder: RunFolder, plan: Plan, repack: bool) -> bool:
+    if view_problem(folder.store, folder.store_manifest, plan.fingerprint):
+        return False
+    return not repack or bool(read_store_manifest(folder.store_manifest).get("packed"))
+
+
+def consolidate(
+    folder: RunFolder, plan: Plan, ids: np.ndarray, classes: Sequence[str], spurious: SpuriousConfig,
+    world: Communicator, repack: bool, quarantine: float,
+) -> None:  # fmt: skip
+    """What all ranks do together. Raises InputError on rank 0 if a shard cannot be used; then nothing is published."""
+    gathered = world.gather(_verify(folder, plan, ids, len(classes), spurious, world))
+    manifests: list[dict[str, Any]] = []
+    if gathered is not None:
+        problems = {index: text for part in gathered for index, text in part.problems.items()}
+        _check_shards(folder, plan, problems)
+        found = {index: each for part in gathered for index, each in part.manifests.items()}
+        manifests = [found[index] for index in range(plan.num_shards)]
+        _check_quarantine(folder, plan, manifests, quarantine)
+    packed = _pack(folder, plan, world, world.bcast(manifests)) if repack else {}
+    if gathered is not None:
+        sums = {group: part for rank in gathered for group, part in rank.sums.items()}
+        total = combine_statistics([sums[group] for group in sorted(sums)])
+        statistics = {
+            "statistics": summarise(total),
+            "classes": summarise_classes(total, classes),
+            "spurious": {"share": spurious.share, "z": spurious.z},
+        }
+        _publish(folder, plan, manifests, packed, statistics)
+        _report(folder, plan, statistics["statistics"], world.size, len(packed))
 
 
 def _verify(
-    folder: RunFolder, plan: Plan, images: ImageSet, world: Communicator
-) -> tuple[dict[int, str], dict[str, np.ndarray]]:
-    """Rank r verifies shards r, r + size, ...; rank 0 gets all problems and the summed statistics."""
-    problems: dict[int, str] = {}
-    sums: dict[int, dict[str, np.ndarray]] = {}
-    for index in range(world.rank, plan.num_shards, world.size):
-        ids = plan.shard_ids(index, images.ids)
-        problem = shard_problem(folder.shard(index), folder.manifest(index), ids, plan.fingerprint)
-        if problem:
-            problems[index] = problem
-        else:
-            sums[index] = row_statistics(open_rows(folder.shard(index)), len(images.classes))
-    gathered = world.gather((problems, sums))
-    if gathered is None:
-        return {}, {}
-    all_sums = {index: part for _, sums in gathered for index, part in sums.items()}
-    # Summed in the order of shards, so that the result does not depend on the number of ranks.
-    total = combine_statistics([all_sums[index] for index in sorted(all_sums)])
-    return {index: text for problems, _ in gathered for index, text in problems.items()}, total
+    folder: RunFolder, plan: Plan, ids: np.ndarray, num_classes: int, spurious: SpuriousConfig, world: Communicator
+) -> Verified:
+    """This rank's groups of consecutive shards, each looked at once, with the sums of its rows."""
+    found = Verified()
+    size = -(-plan.num_shards // GROUPS)
+    for group in range(world.rank, -(-plan.num_shards // size), world.size):
+        total: Sums = {}
+        for index in range(group * size, min((group + 1) * size, plan.num_shards)):
+            blocks: list[Sums] = []
+            visit = partial(_add_up, blocks, num_classes, spurious)
+            shard, manifest = folder.shard(index), folder.manifest(index)
+            if problem := shard_problem(shard, manifest, plan.shard_ids(index, ids), plan.fingerprint, visit=visit):
+                found.problems[index] = problem
+                continue
+            found.manifests[index] = {**read_manifest(manifest), "bytes": shard.stat().st_size, "configuration": None}
+            total = combine_statistics([total, *blocks])
+        found.sums[group] = total
+    return found
 
 
-def _publish(
-    folder: RunFolder, plan: Plan, problems: dict[int, str], statistics: dict[str, np.ndarray], ranks: int,
-    quarantine: float,
-) -> None:  # fmt: skip
+def _add_up(blocks: list[Sums], num_classes: int, spurious: SpuriousConfig, rows: dict[str, np.ndarray]) -> None:
+    flagged = {rule: flag_segments(rows, _by(spurious, rule), 0) for rule in RULES}
+    flagged["random"] = flagged["misleading"]  # as many of each image, by its definition
+    blocks.append(row_statistics(rows, num_classes, flagged))
+
+
+def _by(spurious: SpuriousConfig, rule: str) -> SpuriousConfig:
+    return spurious.model_copy(update={"rule": rule})
+
+
+def _check_shards(folder: RunFolder, plan: Plan, problems: Mapping[int, str]) -> None:
+    """InputError that names every shard that cannot be used, and every file that is no shard of this plan."""
     if problems:
-        listed = ", ".join(f"{index:05d} ({problems[index]})" for index in sorted(problems)[:5])
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        listed = ", ".join(f"{names} ({why})" for names, why in _in_runs(problems))
         raise InputError(
-            f"{len(problems)} of {plan.num_shards} shards in {folder.shards} cannot be used: {listed}{more}; "
+            f"{len(problems)} of {plan.num_shards} shards in {folder.shards} cannot be used: {listed}; "
             f"run `python -m hpcguard.attribute {folder.path}` to redo them"
         )
-    shards = [folder.shard(index) for index in range(plan.num_shards)]
-    manifests = [
-        read_json(folder.manifest(index), "run attribute again", columns=dict) for index in range(plan.num_shards)
-    ]
-    left_out = {entry["image"]: entry["why"] for manifest in manifests for entry in manifest.get("quarantined", [])}
+    planned = {path.name for k in range(plan.num_shards) for path in (folder.shard(k), folder.manifest(k))}
+    strange = sorted(path.name for path in folder.shards.iterdir() if not path.name.startswith("."))
+    if strange := [name for name in strange if name not in planned]:
+        raise InputError(
+            f"{folder.shards} holds {len(strange)} files beside the plan's shards, duplicates or another plan's: "
+            f"{', '.join(strange)}; run `rm` on them"
+        )
+
+
+def _in_runs(problems: Mapping[int, str]) -> list[tuple[str, str]]:
+    """Neighbours with the same problem as one range: 00003-00008."""
+    place = {index: number for number, index in enumerate(sorted(problems))}
+    runs = [list(run) for _, run in groupby(sorted(problems), lambda k: (k - place[k], problems[k]))]
+    return [
+        (f"{run[0]:05d}" if len(run) == 1 else f"{run[0]:05d}-{run[-1]:05d}", problems[run[0]]) for run in runs
+    ]  # fmt: skip
+
+
+def _left_out(manifests: Sequence[Mapping[str, Any]]) -> dict[int, str]:
+    return {entry["image"]: entry["why"] for manifest in manifests for entry in manifest["quarantined"]}
+
+
+def _check_quarantine(folder: RunFolder, plan: Plan, manifests: Sequence[Mapping[str, Any]], quarantine: float) -> None:
+    left_out = _left_out(manifests)
     if len(left_out) > quarantine * plan.num_images:
         image, why = next(iter(left_out.items()))
         raise InputError(
@@ -99,25 +185,58 @@ def _publish(
             f"{quarantine:g} allows; the first: image {image}: {why}; raise cluster.quarantine to go on without "
             "them, or mend them and begin another run"
         )
-    build_view(folder.store, shards, manifests, plan.fingerprint)
-    summary = summarise(statistics)
+
+
+def _pack(
+    folder: RunFolder, plan: Plan, world: Communicator, manifests: Sequence[Mapping[str, Any]]
+) -> dict[int, dict[str, Any]]:
+    """Packed files by number, on rank 0; rank r has written files r, r + size, ... of them."""
+    shapes = store_shapes(manifests)
+    own: dict[int, dict[str, Any]] = {}
+    folder.packed.mkdir(mode=0o700, exist_ok=True)
+    for number, group in enumerate(group_shards([manifest["bytes"] for manifest in manifests])):
+        if number % world.size == world.rank:
+            shards = [folder.shard(index) for index in group]
+            own[number] = pack_shards(folder.packed_file(number), shards, shapes, plan.fingerprint, plan.identity)
+    gathered = world.gather(own)
+    return {number: each for part in gathered or [] for number, each in part.items()}
+
+
+def _publish(
+    folder: RunFolder, plan: Plan, manifests: Sequence[Mapping[str, Any]], packed: Mapping[int, Mapping[str, Any]],
+    statistics: Mapping[str, Any],
+) -> None:  # fmt: skip
+    sources: Sequence[Path] = [folder.shard(index) for index in range(plan.num_shards)]
+    described = manifests
+    if packed:
+        sources = [folder.packed_file(number) for number in range(len(packed))]
+        described = [packed[number] for number in range(len(packed))]
+    build_view(folder.store, sources, described, plan.fingerprint, plan.identity)
     record: dict[str, Any] = {
-        "fingerprint": plan.fingerprint,
+        **attributes(plan.fingerprint, plan.identity),
+        "configuration": plan.identity,
         "sha256": digest_file(folder.store),
-        "images": plan.num_images - len(left_out),
-        "quarantined": sorted(left_out),
+        "images": sum(manifest["rows"] for manifest in manifests),
+        "quarantined": sorted(_left_out(manifests)),
         "shards": plan.num_shards,
-        "ranks": ranks,
-        "worker_seconds": round(sum(manifest.get("seconds", 0) for manifest in manifests), 1),
-        "statistics": summary,
+        "packed": len(packed),
+        "worker_seconds": round(sum(manifest["seconds"] for manifest in manifests), 1),
+        **statistics,
         "sources": {
-            str(shard.relative_to(folder.path)): manifest["sha256"]
-            for shard, manifest in zip(shards, manifests, strict=True)
+            str(source.relative_to(folder.path)): manifest["sha256"]
+            for source, manifest in zip(sources, described, strict=True)
         },
     }
-    write_json(folder.store_manifest, record)
-    images = f"{record['images']} images" + (f" ({len(left_out)} quarantined)" if left_out else "")
-    say(f"consolidate: {images} from {plan.num_shards} verified shards, {ranks} rank(s): {folder.store}")
+    write_sealed(folder.store_manifest, record)
+    for stale in set(folder.packed.glob("*.h5")) - set(sources) if folder.packed.is_dir() else ():
+        stale.unlink()
+
+
+def _report(folder: RunFolder, plan: Plan, summary: Mapping[str, float], ranks: int, packed: int) -> None:
+    left_out = plan.num_images - round(summary["images"])
+    images = f"{summary['images']:.0f} images" + (f" ({left_out} quarantined)" if left_out else "")
+    copied = f", copied into {packed} files" if packed else ""
+    say(f"consolidate: {images} from {plan.num_shards} verified shards, {ranks} rank(s){copied}: {folder.store}")
     say(
         f"  segments {summary['segments']:.1f}, weighted R^2 {summary['score']:.3f}, "
         f"standard error / largest |coefficient| {summary['relative_error']:.3f}, accuracy {summary['accuracy']:.3f}"

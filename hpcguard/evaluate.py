@@ -207,8 +207,9 @@ def _explain(
     first = explain(config.attribution)
     other_seed = config.attribution.model_copy(update={"seed": config.attribution.seed + 1})
     second = explain(other_seed, segments=first.segments)
+    identity = {"attribution": config.attribution.identity()}
     with publish(folder.explanations(arm)) as temporary:
-        write_rows(temporary, rows_from(first, test.labels_of(ids)), digest_json(config.attribution.identity()))
+        write_rows(temporary, rows_from(first, test.labels_of(ids)), digest_json(identity), identity=identity)
     pairs = zip(first.coefficients[:, 0], second.coefficients[:, 0], strict=True)
     return float(np.mean([topk_jaccard(one, other) for one, other in pairs]))
 

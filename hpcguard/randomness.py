@@ -4,8 +4,8 @@ from typing import Literal
 
 import numpy as np
 
-STREAMS = ("samples", "spurious", "order", "step", "attack", "dropout")
-Stream = Literal["samples", "spurious", "order", "step", "attack", "dropout"]
+STREAMS = ("samples", "spurious", "order", "step", "attack", "dropout", "blocks")
+Stream = Literal["samples", "spurious", "order", "step", "attack", "dropout", "blocks"]
 
 
 def keyed_generator(stream: Stream, seed: int, key: int) -> np.random.Generator:

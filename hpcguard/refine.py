@@ -151,13 +151,13 @@ def _check(
     if training.guided:
         if problem := view_problem(folder.store, folder.store_manifest, identity["store"]):
             raise InputError(problem)
-        _guided_rows(folder, images, training)
+        _guided_rows(folder, images, training, memory=False)
 
 
 def _guided_rows(
-    folder: RunFolder, images: ImageSet, training: TrainingConfig
+    folder: RunFolder, images: ImageSet, training: TrainingConfig, memory: bool | None = None
 ) -> tuple[AttributionDataset, dict[str, float]]:
-    dataset = AttributionDataset(folder.store, images)
+    dataset = AttributionDataset(folder.store, images, ["segments"], memory)
     dataset.flagged = flag_segments(dataset.rows, training.spurious, training.seed)
     return dataset, check_flagged(dataset.flagged, dataset.rows["num_segments"], training.spurious)
 

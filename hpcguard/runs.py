@@ -21,6 +21,8 @@ from hpcguard import __version__
 from hpcguard.config import RECORDED, Config
 from hpcguard.errors import InputError
 
+SEAL = "sealed"  # key of a JSON object's digest of its own other keys
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -90,6 +92,14 @@ class RunFolder:
     @property
     def store_manifest(self) -> Path:
         return self.path / "store.json"
+
+    @property
+    def packed(self) -> Path:
+        """Shards copied into few large files, by consolidate --repack."""
+        return self.path / "packed"
+
+    def packed_file(self, number: int) -> Path:
+        return self.packed / f"{number:03d}.h5"
 
     @property
     def logs(self) -> Path:
@@ -170,6 +180,15 @@ class RunFolder:
         values[RECORDED] = recorded
         with publish(self.config) as temporary:
             temporary.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+
+def run_of(file: Path) -> RunFolder | None:
+    """The run folder that a store, a shard or an explanation file lies in."""
+    place = file.resolve()
+    for folder in (place.parent, place.parent.parent):
+        if RunFolder(folder).config.is_file():
+            return RunFolder(folder)
+    return None
 
 
 def check_private(folder: Path) -> None:
@@ -311,10 +330,38 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
         temporary.write_text(_json_text(values), encoding="utf-8")
 
 
+def write_sealed(path: Path, values: Mapping[str, Any]) -> None:
+    """Publish a JSON object whose last key is a digest of all others, see read_sealed."""
+    write_json(path, sealed(values))
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {**values, SEAL: _seal(values)}
+
+
+def read_sealed(path: Path, remedy: str, **required: type) -> dict[str, Any]:
+    """What write_sealed published, as read_json; InputError too if a single bit of it has changed."""
+    text, values = _read_object(path, remedy, required)
+    content = {key: value for key, value in values.items() if key != SEAL}
+    # The text as well: JSON has several for one value (1e-05 and 1E-05), and every changed bit is to be found.
+    if values.get(SEAL) != _seal(content) or text != _json_text({**content, SEAL: values[SEAL]}):
+        raise InputError(f"{path}: damaged, its digest does not fit its contents; {remedy}")
+    return content
+
+
+def _seal(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_json_text(values).encode()).hexdigest()
+
+
 def read_json(path: Path, remedy: str, **required: type) -> dict[str, Any]:
     """Read a JSON object. Raises InputError with `remedy` if it is missing, torn, or lacks a required key=type."""
+    return _read_object(path, remedy, required)[1]
+
+
+def _read_object(path: Path, remedy: str, required: Mapping[str, type]) -> tuple[str, dict[str, Any]]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_bytes().decode()  # as it is: read_text would turn \r into \n
+        values = json.loads(text)
     except FileNotFoundError as error:
         raise InputError(f"{path}: not there; {remedy}") from error
     except OSError as error:
@@ -326,7 +373,7 @@ def read_json(path: Path, remedy: str, **required: type) -> dict[str, Any]:
     for key, kind in required.items():
         if not isinstance(values.get(key), kind):
             raise InputError(f"{path}: damaged, {key} is {_short(values.get(key))}, no {kind.__name__}; {remedy}")
-    return values
+    return text, values
 
 
 def digest_file(path: Path) -> str:

@@ -105,8 +105,9 @@ class ShardTask:
     def _publish(self, index: int, ids: np.ndarray, units: Sequence[Unit]) -> None:
         narrow = labels_fit_a_byte(self.config.attribution, *self.images.shape[1:])
         writer = ShardWriter(
-            self.folder.shard(index), self.folder.manifest(index), self.plan.fingerprint, "u1" if narrow else "u2"
-        )
+            self.folder.shard(index), self.folder.manifest(index), self.plan.fingerprint, "u1" if narrow else "u2",
+            self.plan.identity,
+        )  # fmt: skip
         journals = self.folder.journals(index)
         writer.publish(
             ids, units, shard=index, attempts=[path.name.split(".", 1)[1].removesuffix(".units") for path in journals]

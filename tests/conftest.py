@@ -1,6 +1,7 @@
 """What all tests share: a missing system package fails under CI, and small run folders made by the real stages."""
 
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -66,3 +67,19 @@ def attributed(tmp_path_factory: pytest.TempPathFactory, make_config: Callable[.
     assert run_stage("attribute", [config]) == 0
     assert run_stage("consolidate", [config]) == 0
     return folder / "run"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 128 KiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(mount, capture_output=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("needs system package mount")
+    if done.returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

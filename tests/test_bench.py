@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from real_data import CIFAR10, RESNET20, needs_cifar10, needs_resnet20
 from slurm_cluster import need_slurm
 
 BENCH = Path(__file__).parents[1] / "tools" / "bench_lime.py"
 CLUSTER = BENCH.with_name("bench_cluster.py")
+STORE = BENCH.with_name("bench_store.py")
 
 
 def test_the_last_line_is_one_json_object() -> None:
@@ -38,7 +40,38 @@ def test_cluster_asks_a_real_queue_for_status() -> None:
     assert {"status_50_s", "submit_20_tasks_s"} <= cluster_figures("status").keys()
 
 
-@pytest.mark.parametrize(("bench", "some"), [(BENCH, "cost, small"), (CLUSTER, "plan, folder, resume")])
+def store_figures(*arguments: str) -> dict[str, Any]:
+    command = [sys.executable, str(STORE), *arguments, "--rounds", "1", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_store_consolidates_with_one_rank_and_with_two() -> None:
+    figures = store_figures("--parts", "consolidate", "--shards", "12", "--rows", "20")
+    assert {"consolidate_1m_s", "mpi_speedup", "peak_memory_mb", "hardware", "hdf5"} <= figures.keys()
+
+
+def test_store_reads_the_same_rows_as_a_memmap() -> None:
+    figures = store_figures("--parts", "read", "--read-rows", "1100")  # it compares a batch with the memmap's itself
+    assert {"read_vs_memmap", "read_in_memory_vs_memmap", "rows_per_second_one_worker"} <= figures.keys()
+
+
+@needs_cifar10
+@needs_resnet20
+def test_store_measures_real_explanations() -> None:
+    figures = store_figures(
+        "--parts", "size,write", "--images", "32", "--cifar10", str(CIFAR10), "--weights", str(RESNET20)
+    )
+    assert 25 < figures["segments_per_image"] < 32
+    assert 500 < figures["bytes_per_image"] < 1500  # a small shard: its attributes weigh more
+    assert 0 < figures["write_overhead"] < 1
+    assert 0.01 < figures["ratio_to_dense_maps_224"] < 0.2
+
+
+@pytest.mark.parametrize(
+    ("bench", "some"), [(BENCH, "cost, small"), (CLUSTER, "plan, folder, resume"), (STORE, "size, write")]
+)
 def test_an_unknown_part_is_refused(bench: Path, some: str) -> None:
     done = subprocess.run([sys.executable, str(bench), "--parts", "speed"], capture_output=True, text=True)
     assert done.returncode == 2

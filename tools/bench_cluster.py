@@ -47,7 +47,7 @@ from hpcguard.cluster.submission import ATTRIBUTE, Job, new_submission
 from hpcguard.config import Config, ModelConfig, load_config
 from hpcguard.data import ImageSet, load_images
 from hpcguard.models import build_model, save_weights
-from hpcguard.runs import RunFolder, digest_arrays, digest_file, write_json
+from hpcguard.runs import RunFolder, digest_arrays, digest_file, sealed, write_json
 from hpcguard.shards import shard_problems
 from hpcguard.store import ShardWriter, Unit
 
@@ -198,8 +198,10 @@ def stored_rows(ids: np.ndarray) -> dict[str, np.ndarray]:
         "probability": values(),
         "coefficients": values(SEGMENTS),
         "standard_error": abs(values(SEGMENTS)),
+        "interval": abs(values(SEGMENTS)),
         "intercept": values(),
         "score": values(),
+        "effective_samples": random.uniform(100, 256, count),
         "num_samples": np.full(count, 256),
     }
 
@@ -225,7 +227,7 @@ def publish_shards(run: RunFolder, plan: Plan, ids: np.ndarray, count: int, own_
             values["sha256"] = digest_file(path)
         else:
             path.hardlink_to(run.shard(0))
-        run.manifest(index).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        run.manifest(index).write_text(json.dumps(sealed(values), indent=1) + "\n", encoding="utf-8")
 
 
 def part_resume(arguments: argparse.Namespace) -> Figures:

@@ -30,6 +30,8 @@ class Communicator(Protocol):
 
     def gather(self, value: Any, root: int = 0) -> list[Any] | None: ...
 
+    def bcast(self, value: Any, root: int = 0) -> Any: ...
+
 
 class SingleProcess:
     """A communicator of one."""
@@ -38,6 +40,9 @@ class SingleProcess:
 
     def gather(self, value: Any, root: int = 0) -> list[Any]:
         return [value]
+
+    def bcast(self, value: Any, root: int = 0) -> Any:
+        return value
 
 
 def under_mpi() -> bool:

@@ -1,12 +1,20 @@
 """Statistics over stored explanations, and how alike two explanations are."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 
 Sums = dict[str, np.ndarray]
 
 
-def row_statistics(rows: dict[str, np.ndarray], num_classes: int) -> Sums:
-    """Sums a true class over store rows, float64 [K] each; the first explained label is the true one."""
+def row_statistics(
+    rows: dict[str, np.ndarray], num_classes: int, flagged: Mapping[str, np.ndarray] | None = None
+) -> Sums:
+    """Sums a true class over store rows, float64 [K] each; the first explained label is the true one.
+
+    flagged: segments that some rules flag, bool [N, S]; their shares of an image's segments are added up.
+    """
     labels = rows["label"]
     magnitude = np.abs(rows["coefficients"][:, 0].astype(np.float64))
     per_row = {
@@ -18,13 +26,17 @@ def row_statistics(rows: dict[str, np.ndarray], num_classes: int) -> Sums:
         "standard_error": np.nanmean(rows["standard_error"][:, 0].astype(np.float64), axis=1),
         "largest_coefficient": np.nanmax(magnitude, axis=1),
         "samples": rows["num_samples"].astype(np.float64),
+        **{f"flagged_{rule}": mask.sum(1) / rows["num_segments"] for rule, mask in (flagged or {}).items()},
     }
     return {name: np.bincount(labels, values, num_classes) for name, values in per_row.items()}
 
 
 def combine_statistics(parts: list[Sums]) -> Sums:
-    """Add up the sums of several shards."""
-    return {name: np.sum([part[name] for part in parts], axis=0) for name in parts[0]} if parts else {}
+    """Add up sums, one after the other: what comes out depends on their order in the last bits."""
+    total: Sums = {}
+    for part in parts:
+        total = {name: total[name] + values for name, values in part.items()} if total else part
+    return total
 
 
 def summarise(sums: Sums) -> dict[str, float]:
@@ -35,6 +47,15 @@ def summarise(sums: Sums) -> dict[str, float]:
     # Of the means, not a mean of ratios: a model that is sure of an image gives it coefficients near 0.
     means["relative_error"] = means["standard_error"] / max(means["largest_coefficient"], np.finfo(np.float64).tiny)
     return {"images": float(images), **means}
+
+
+def summarise_classes(sums: Sums, names: Sequence[str]) -> dict[str, Any]:
+    """Means over the images of each class that has some, by its name."""
+    return {
+        name: summarise({key: values[k : k + 1] for key, values in sums.items()})
+        for k, name in enumerate(names)
+        if sums["images"][k]
+    }
 
 
 def topk_jaccard(first: np.ndarray, second: np.ndarray, k: int = 5) -> float:

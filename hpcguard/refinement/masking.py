@@ -5,8 +5,8 @@ from torch import Tensor
 
 
 def flagged_pixels(flagged: Tensor, segments: Tensor) -> Tensor:
-    """Pixels of flagged segments: bool [B, S] and int64 [B, H, W] to bool [B, 1, H, W]."""
-    return flagged.gather(1, segments.flatten(1)).reshape(segments.shape).unsqueeze(1)
+    """Pixels of flagged segments: bool [B, S] and integer [B, H, W] to bool [B, 1, H, W]."""
+    return flagged.gather(1, segments.flatten(1).long()).reshape(segments.shape).unsqueeze(1)
 
 
 def hide(x: Tensor, pixels: Tensor, fill: Tensor) -> Tensor:

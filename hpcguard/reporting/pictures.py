@@ -66,3 +66,21 @@ def _panel(name: str, rows: dict[str, np.ndarray], place: int, classes: Sequence
     caption = f"predicts {classes[predicted]}{sure}" + ("" if predicted == label else ", wrong")
     title = f"{name} ({role(name)})"
     return Panel(title, rows["segments"][place], rows["coefficients"][place, 0], caption, predicted == label)
+
+
+def stored_explanation(row: dict[str, np.ndarray], image: np.ndarray, classes: Sequence[str]) -> Picture:
+    """The explanations of one stored row (columns without their first axis): a panel for each explained label."""
+    number, label, predicted = (int(row[column]) for column in ("image_id", "label", "predicted"))
+    panels = [
+        Panel(
+            f"{'true class' if target == label else 'other class'} {classes[target]}",
+            row["segments"],
+            row["coefficients"][place],
+            f"probability {row['probability'][place]:.1%}, R² {row['score'][place]:.2f}",
+        )
+        for place, target in enumerate(row["target"].tolist())
+    ]
+    said = "; ".join(f"{panel.title}: {panel.caption}" for panel in panels)
+    caption = f"Image {number}, true class {classes[label]}, predicted {classes[predicted]}"
+    figure = explanation_figure(image, f"{classes[label]}, predicted {classes[predicted]}", panels)
+    return Picture(f"explanation_{number}.png", figure, f"{caption}; superpixels by coefficient: {said}", caption)

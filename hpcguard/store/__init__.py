@@ -1,22 +1,41 @@
 """The attribution store: verified HDF5 shards, a virtual view over them, and a torch Dataset to train from."""
 
+from hpcguard.store.blocks import BlockShuffled
+from hpcguard.store.contents import describe, rows_of, stored_problem
 from hpcguard.store.dataset import AttributionDataset
+from hpcguard.store.export import write_npz, write_plain
 from hpcguard.store.journal import Journal, Unit, read_journal
-from hpcguard.store.schema import rows_from
-from hpcguard.store.shard import ShardWriter, shard_problem, unit_problem, write_rows
-from hpcguard.store.view import build_view, open_rows, view_problem
+from hpcguard.store.pack import group_shards, pack_shards
+from hpcguard.store.reading import StoreReader
+from hpcguard.store.schema import SCHEMA_VERSION, attributes, rows_from
+from hpcguard.store.shard import ShardWriter, read_manifest, shard_problem, unit_problem, write_rows
+from hpcguard.store.view import build_view, open_rows, read_store_manifest, store_shapes, view_problem
 
 __all__ = [
+    "SCHEMA_VERSION",
     "AttributionDataset",
+    "BlockShuffled",
     "Journal",
     "ShardWriter",
+    "StoreReader",
     "Unit",
+    "attributes",
     "build_view",
+    "describe",
+    "group_shards",
     "open_rows",
+    "pack_shards",
     "read_journal",
+    "read_manifest",
+    "read_store_manifest",
     "rows_from",
+    "rows_of",
     "shard_problem",
+    "store_shapes",
+    "stored_problem",
     "unit_problem",
     "view_problem",
+    "write_npz",
+    "write_plain",
     "write_rows",
 ]

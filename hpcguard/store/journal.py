@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from hpcguard.store.schema import SCHEMA_VERSION
+
 HEADER = struct.Struct("<8sQ32s")
 MARK = b"hpcunit1"
 NOTES = "notes"  # the array that holds a record's JSON
@@ -50,7 +52,7 @@ class Journal:
 
 
 def read_journal(path: Path, fingerprint: str) -> dict[int, Unit]:
-    """Sound units of a journal by their number in the shard; those of another plan are left out."""
+    """Sound units of a journal by their number in the shard; those of another plan or schema are left out."""
     units: dict[int, Unit] = {}
     try:
         file = path.open("rb")
@@ -63,14 +65,15 @@ def read_journal(path: Path, fingerprint: str) -> dict[int, Unit]:
             if len(payload) != length or hashlib.sha256(payload).digest() != digest:
                 break
             notes, unit = _unpack(payload)
-            if notes["fingerprint"] == fingerprint:
+            if (notes["fingerprint"], notes.get("schema")) == (fingerprint, SCHEMA_VERSION):
                 units[notes["unit"]] = unit
     return units
 
 
 def _pack(fingerprint: str, number: int, unit: Unit) -> bytes:
     notes = {
-        "fingerprint": fingerprint, "unit": number, "seconds": unit.seconds, "batch_size": unit.batch_size,
+        "schema": SCHEMA_VERSION, "fingerprint": fingerprint, "unit": number, "seconds": unit.seconds,
+        "batch_size": unit.batch_size,
         "quarantined": [[image, why] for image, why in unit.quarantined.items()],
     }  # fmt: skip
     buffer = io.BytesIO()

@@ -1,13 +1,20 @@
 """What a store holds: one row an image (N rows, S segments at most, L explained labels)."""
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from hpcguard.attribution import Attribution
 
-SCHEMA_VERSION = 1
-CHUNK_ROWS = 16  # a compromise: random rows want few rows a chunk, block reads and compression want many
+SCHEMA_VERSION = 2  # 2: interval and effective_samples
+SHARD_CHUNK = 32 << 10  # bytes of a chunk of a shard: random rows want small ones
+PACKED_CHUNK = 256 << 10  # of a packed file, which is read in blocks: compression and block reads want large ones
+MOST_CHUNK_ROWS = 4096
+COMPRESSION: dict[str, Any] = {"compression": "gzip", "compression_opts": 4, "shuffle": True, "fletcher32": True}
+BLOCK = 8 << 20  # bytes of rows held at once where a whole file is looked at
 
 
 @dataclass(frozen=True)
@@ -28,11 +35,38 @@ COLUMNS = (
     Column("probability", "f4", "NL", np.nan),
     Column("coefficients", "f4", "NLS", np.nan),
     Column("standard_error", "f4", "NLS", np.nan),
+    Column("interval", "f4", "NLS", np.nan),  # half the width of the 95% interval
     Column("intercept", "f4", "NL", np.nan),
     Column("score", "f4", "NL", np.nan),
+    Column("effective_samples", "f4", "N", np.nan),
     Column("num_samples", "u4", "N"),
 )
 COLUMN = {column.name: column for column in COLUMNS}
+
+
+def attributes(fingerprint: str, identity: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What every file of a store says of itself: its schema, and what its rows were made from.
+
+    identity: the plan's, everything that the values depend on; fingerprint is its digest.
+    """
+    about = identity or {}
+    return {
+        "schema": SCHEMA_VERSION,
+        "fingerprint": fingerprint,
+        "configuration": json.dumps(about, sort_keys=True),
+        "weights_sha256": str(about.get("model", {}).get("weights_sha256", "")),
+        "data_sha256": str(about.get("data", {}).get("sha256", "")),
+    }
+
+
+def schema_problem(version: object) -> str | None:
+    return None if version == SCHEMA_VERSION else f"has schema {version}, this hpcguard reads {SCHEMA_VERSION}"
+
+
+def chunk_rows(shape: Sequence[int], dtype: np.dtype, target: int) -> int:
+    """Rows of a chunk of about `target` bytes: a power of two, at most those that there are."""
+    row = dtype.itemsize * max(1, int(np.prod(shape[1:])))
+    return min(1 << max(0, (target // row).bit_length() - 1), MOST_CHUNK_ROWS, max(1, shape[0]))
 
 
 def rows_from(explained: Attribution, labels: np.ndarray) -> dict[str, np.ndarray]:
@@ -59,7 +93,7 @@ def rows_problem(rows: dict[str, np.ndarray]) -> str | None:
     if (rows["segments"].reshape(len(counts), -1).max(1, initial=0) >= counts).any():
         return "segments has labels past num_segments"
     present = np.arange(sizes["S"]) < counts[:, None]
-    for name in ("probability", "coefficients", "standard_error", "intercept", "score"):
+    for name in (column.name for column in COLUMNS if column.dtype == "f4"):
         finite = np.isfinite(rows[name])
         if not (finite if column_is_flat(name) else finite | ~present[:, None]).all():
             return f"{name} holds NaN or infinite values"

@@ -1,8 +1,10 @@
 """One shard: its units joined, written aside, verified, published by rename, its manifest last."""
 
+import hashlib
+import io
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,40 @@ import h5py
 import numpy as np
 
 from hpcguard.errors import InputError
-from hpcguard.runs import digest_arrays, digest_file, publish, read_json, write_json
+from hpcguard.runs import digest_arrays, digest_file, publish, read_json, read_sealed, write_sealed
 from hpcguard.store.journal import Unit
-from hpcguard.store.schema import CHUNK_ROWS, COLUMN, COLUMNS, SCHEMA_VERSION, rows_problem
+from hpcguard.store.schema import (
+    BLOCK,
+    COLUMN,
+    COLUMNS,
+    COMPRESSION,
+    SHARD_CHUNK,
+    attributes,
+    chunk_rows,
+    rows_problem,
+    schema_problem,
+)
+
+Rows = dict[str, np.ndarray]
+LIBVER = ("v110", "v110")  # indices of chunks that take bytes, not kilobytes; read by HDF5 1.10 (2016) and later
+MOST_COLLISIONS = 10
+REDO = "the shard will be redone"
 
 
 class ShardWriter:
     """Publishes the units of one shard as one HDF5 file and one JSON manifest."""
 
-    def __init__(self, path: Path, manifest: Path, fingerprint: str, segments_dtype: str = "u2") -> None:
-        self.path, self.manifest, self.fingerprint, self.segments_dtype = path, manifest, fingerprint, segments_dtype
+    def __init__(
+        self,
+        path: Path,
+        manifest: Path,
+        fingerprint: str,
+        segments_dtype: str = "u2",
+        identity: Mapping[str, Any] | None = None,
+    ) -> None:
+        """identity: what the fingerprint is the digest of; it goes into the file and the manifest."""
+        self.path, self.manifest, self.fingerprint = path, manifest, fingerprint
+        self.segments_dtype, self.identity = segments_dtype, identity
 
     def publish(self, ids: np.ndarray, units: Sequence[Unit], **details: Any) -> dict[str, Any]:
         """Write, read back, compare, rename; returns the manifest. An OSError or RuntimeError publishes nothing.
@@ -30,34 +56,56 @@ class ShardWriter:
         if len(quarantined) == len(ids):
             raise RuntimeError(f"{self.path.name}: none of its images could be explained: {quarantined[int(ids[0])]}")
         rows = _join([unit.rows for unit in units if unit.rows])
-        if problem := rows_problem(rows):
-            raise RuntimeError(f"{self.path.name}: refused to publish: {problem}")
         kept = without(ids, quarantined)
-        if not np.array_equal(rows["image_id"], kept):
-            raise RuntimeError(f"{self.path.name}: refused to publish: rows are not those of the planned image ids")
-        with publish(self.path) as temporary:
-            write_rows(temporary, rows, self.fingerprint, self.segments_dtype)
-            if problem := _read_back_problem(temporary, rows):
-                raise RuntimeError(f"{self.path.name}: written and read back, but {problem}")
-            digest, size = digest_file(temporary), temporary.stat().st_size
+        if problem := _unfit(rows, kept):
+            raise RuntimeError(f"{self.path.name}: refused to publish: {problem}")
+        image = file_image(rows, self.fingerprint, self.segments_dtype, self.identity)
         manifest = {
-            "schema": SCHEMA_VERSION,
+            **attributes(self.fingerprint, self.identity),
+            "configuration": dict(self.identity or {}),
             "file": self.path.name,
-            "sha256": digest,
-            "bytes": size,
-            "fingerprint": self.fingerprint,
+            "sha256": hashlib.sha256(image).hexdigest(),
+            "bytes": len(image),
             "rows": len(kept),
             "ids_sha256": digest_arrays(kept),
-            "quarantined": [{"image": image, "why": why} for image, why in quarantined.items()],
-            "columns": {name: [array.dtype.str, list(array.shape)] for name, array in rows.items()},
+            "quarantined": [{"image": each, "why": why} for each, why in quarantined.items()],
+            "columns": {name: [self._dtype(name), list(array.shape)] for name, array in rows.items()},
             "seconds": round(sum(unit.seconds for unit in units), 3),
             "batch_size": min((unit.batch_size for unit in units if unit.batch_size), default=None),
             "published": round(time.time(), 3),
             "host": os.uname().nodename,
             **details,
         }
-        write_json(self.manifest, manifest)
+        for _ in range(MOST_COLLISIONS):
+            self._publish(image, rows, manifest)
+            if self._is_published():
+                break
         return manifest
+
+    def _publish(self, image: memoryview, rows: Rows, manifest: Mapping[str, Any]) -> None:
+        with publish(self.path) as temporary:
+            temporary.write_bytes(image)
+            if problem := _read_back_problem(temporary, rows):
+                raise RuntimeError(f"{self.path.name}: written and read back, but {problem}")
+            if digest_file(temporary) != manifest["sha256"]:
+                raise RuntimeError(f"{self.path.name}: written and read back, but its bytes differ")
+        write_sealed(self.manifest, manifest)
+
+    def _is_published(self) -> bool:
+        """Whether file and manifest are of one writer: where there are no locks, two may have published in turns."""
+        try:
+            return read_sealed(self.manifest, "", sha256=str)["sha256"] == digest_file(self.path)
+        except (InputError, OSError):
+            return False
+
+    def _dtype(self, name: str) -> str:
+        return np.dtype(self.segments_dtype if name == "segments" else COLUMN[name].dtype).str
+
+
+def _unfit(rows: Rows, ids: np.ndarray) -> str | None:
+    if problem := rows_problem(rows):
+        return problem
+    return None if np.array_equal(rows["image_id"], ids) else "rows are not those of the planned image ids"
 
 
 def without(ids: np.ndarray, quarantined: Iterable[int]) -> np.ndarray:
@@ -65,19 +113,34 @@ def without(ids: np.ndarray, quarantined: Iterable[int]) -> np.ndarray:
     return ids[~np.isin(ids, np.fromiter(quarantined, np.int64))]
 
 
-def write_rows(path: Path, rows: Mapping[str, np.ndarray], fingerprint: str, segments_dtype: str = "u2") -> None:
+def write_rows(
+    path: Path,
+    rows: Mapping[str, np.ndarray],
+    fingerprint: str,
+    segments_dtype: str = "u2",
+    identity: Mapping[str, Any] | None = None,
+) -> None:
     """Write columns of the schema to one HDF5 file: chunked, compressed, checksummed."""
-    with h5py.File(path, "w") as file:
-        file.attrs["schema"] = SCHEMA_VERSION
-        file.attrs["fingerprint"] = fingerprint
+    path.write_bytes(file_image(rows, fingerprint, segments_dtype, identity))
+
+
+def file_image(
+    rows: Mapping[str, np.ndarray], fingerprint: str, segments_dtype: str, identity: Mapping[str, Any] | None
+) -> memoryview:
+    """The bytes of an HDF5 file of these rows, the same for the same rows.
+
+    Made in memory: HDF5 is not at its best where a disk is full, and the digest is of what was meant, not of what a
+    disk made of it.
+    """
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w", libver=LIBVER) as file:
+        file.attrs.update(attributes(fingerprint, identity))
         for column in COLUMNS:
-            data = np.asarray(rows[column.name])
-            dtype = segments_dtype if column.name == "segments" else column.dtype
-            chunks = (min(CHUNK_ROWS, len(data)), *data.shape[1:])
-            file.create_dataset(
-                column.name, data=data.astype(dtype), chunks=chunks, compression="gzip", compression_opts=1,
-                shuffle=True, fletcher32=True,
-            )  # fmt: skip
+            dtype = np.dtype(segments_dtype if column.name == "segments" else column.dtype)
+            data = np.asarray(rows[column.name]).astype(dtype)
+            chunks = (chunk_rows(data.shape, dtype, SHARD_CHUNK), *data.shape[1:])
+            file.create_dataset(column.name, data=data, chunks=chunks, **COMPRESSION)
+    return buffer.getbuffer()
 
 
 def _join(units: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -103,38 +166,81 @@ def _read_back_problem(path: Path, rows: Mapping[str, np.ndarray]) -> str | None
     return None
 
 
-def shard_problem(path: Path, manifest: Path, ids: np.ndarray, fingerprint: str, values: bool = True) -> str | None:
+def shard_problem(
+    path: Path,
+    manifest: Path,
+    ids: np.ndarray,
+    fingerprint: str,
+    values: bool = True,
+    visit: Callable[[Rows], None] | None = None,
+) -> str | None:
     """Why a shard cannot be used, or None: file and manifest there, digest right, planned ids, sound rows.
 
-    values=False leaves out the rows: they were sound when the digest was taken.
+    values=False leaves out the rows: they were sound when the digest was taken. visit: gets the rows, block by block,
+    each found sound; what it made of them is void if a problem shows later.
     """
     if not manifest.is_file() or not path.is_file():
         return "missing" if not path.is_file() else "its manifest is missing"
     try:
-        recorded = read_json(manifest, "the shard will be redone")
-        quarantined = [entry["image"] for entry in recorded.get("quarantined", [])]
+        recorded = read_manifest(manifest)
+        quarantined = [entry["image"] for entry in recorded["quarantined"]]
     except (InputError, TypeError, KeyError) as error:
         return str(error)
-    if recorded.get("fingerprint") != fingerprint:
+    if recorded["fingerprint"] != fingerprint:
         return "made by another plan"
-    if recorded.get("schema") != SCHEMA_VERSION:
-        return f"has schema {recorded.get('schema')}, this hpcguard writes {SCHEMA_VERSION}"
-    if recorded.get("ids_sha256") != digest_arrays(without(ids, quarantined)):
+    if recorded["file"] != path.name:
+        return f"a duplicate of {recorded['file']}"
+    kept = without(ids, quarantined)
+    if recorded["ids_sha256"] != digest_arrays(kept):
         return "holds other image ids than planned"
-    if recorded.get("sha256") != digest_file(path):
+    if recorded["sha256"] != digest_file(path):
         return "its bytes differ from the manifest's digest"
-    return values_problem(path) if values else None
+    return values_problem(path, recorded, kept, visit) if values else None
 
 
-def values_problem(path: Path) -> str | None:
-    """What is wrong with a shard's rows, or None."""
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A shard's manifest. Raises InputError if it is damaged or of another schema."""
+    try:
+        return read_sealed(path, REDO, schema=int, fingerprint=str, file=str, quarantined=list, columns=dict)
+    except InputError:
+        if problem := schema_problem(read_json(path, REDO, schema=int)["schema"]):  # the first had no digest
+            raise InputError(problem) from None
+        raise
+
+
+def values_problem(
+    path: Path, recorded: Mapping[str, Any], ids: np.ndarray, visit: Callable[[Rows], None] | None = None
+) -> str | None:
+    """What is wrong with the rows of a shard or of a packed file, or None; see shard_problem."""
     try:
         with h5py.File(path, "r") as file:
-            if file.attrs.get("schema") != SCHEMA_VERSION:
-                return f"has schema {file.attrs.get('schema')}, this hpcguard writes {SCHEMA_VERSION}"
-            return rows_problem({name: file[name][:] for name in COLUMN})
-    except (OSError, KeyError) as error:
+            if problem := schema_problem(file.attrs.get("schema")):
+                return problem
+            if file.attrs.get("fingerprint") != recorded["fingerprint"]:
+                return "its attributes are another plan's"
+            sets = {name: file[name] for name in COLUMN}
+            for name, made in sets.items():
+                if [made.dtype.str, list(made.shape)] != recorded["columns"][name]:
+                    return f"{name} is not as its manifest describes it"
+            start = 0
+            for rows in row_blocks(sets):
+                stop = start + len(rows["image_id"])
+                if problem := _unfit(rows, ids[start:stop]):
+                    return problem
+                if visit:
+                    visit(rows)
+                start = stop
+            return None if start == len(ids) else f"has {start} rows, expected {len(ids)}"
+    except (OSError, KeyError, RuntimeError, ValueError) as error:
         return f"unreadable ({error})"
+
+
+def row_blocks(sets: Mapping[str, h5py.Dataset]) -> Iterator[Rows]:
+    """All rows of some columns in blocks of about BLOCK bytes, cut where the columns' shapes alone say."""
+    row = sum(each.dtype.itemsize * int(np.prod(each.shape[1:])) for each in sets.values())
+    step = 1 << max(0, (BLOCK // row).bit_length() - 1)
+    for start in range(0, min(len(each) for each in sets.values()), step):
+        yield {name: each[start : start + step] for name, each in sets.items()}
 
 
 def unit_problem(rows: Mapping[str, np.ndarray]) -> str | None:

@@ -73,3 +73,12 @@ def test_another_plan_and_no_file_give_nothing(path: Path) -> None:
     assert read_journal(path, "other") == {}
     path.unlink()
     assert read_journal(path, "print") == {}
+
+
+def test_units_of_another_schema_are_left_out(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They lack columns, though the plan is the same."""
+    monkeypatch.setattr("hpcguard.store.journal.SCHEMA_VERSION", 1)
+    Journal(path, "print").append(5, make_unit(5))
+    assert list(read_journal(path, "print")) == [5]
+    monkeypatch.undo()
+    assert list(read_journal(path, "print")) == [0, 1, 4]

@@ -11,7 +11,7 @@ import pytest
 from hpcguard.config import DataConfig
 from hpcguard.data import load_images
 from hpcguard.errors import InputError
-from hpcguard.runs import digest_file, read_json, write_json
+from hpcguard.runs import digest_file, read_json, read_sealed, write_sealed
 from hpcguard.store import AttributionDataset, ShardWriter, Unit, build_view, open_rows, shard_problem, view_problem
 from hpcguard.store.schema import COLUMN
 
@@ -28,7 +28,8 @@ def make_rows(ids: np.ndarray, segments: int, seed: int = 0) -> dict[str, np.nda
     return {
         "image_id": ids, "label": ids % 10, "predicted": ids % 7, "segments": maps, "num_segments": count,
         "target": np.stack([ids % 10, (ids + 1) % 10], 1), "coefficients": coefficients,
-        "standard_error": np.abs(coefficients), "num_samples": np.full(len(ids), 64), **flat,
+        "standard_error": np.abs(coefficients), "interval": 2 * np.abs(coefficients),
+        "effective_samples": generator.uniform(1, 64, len(ids)), "num_samples": np.full(len(ids), 64), **flat,
     }  # fmt: skip
 
 
@@ -85,7 +86,7 @@ def test_a_wrong_or_torn_shard_says_why(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     assert "differ" in str(shard_problem(path, manifest, ids, "print"))
     # Even with a digest that fits, a file that HDF5 cannot read is refused.
-    write_json(manifest, {**read_json(manifest, ""), "sha256": digest_file(path)})
+    write_sealed(manifest, {**read_sealed(manifest, ""), "sha256": digest_file(path)})
     assert shard_problem(path, manifest, ids, "print") is not None
     manifest.write_text(manifest.read_text()[:20])
     assert "damaged" in str(shard_problem(path, manifest, ids, "print"))
@@ -128,8 +129,8 @@ def store(tmp_path: Path) -> Path:
     shards, manifests = [part[0] for part in parts], [read_json(part[1], "") for part in parts]
     build_view(run / "store.h5", shards, manifests, "print")
     sources = {f"shards/{k}.h5": manifests[k]["sha256"] for k in range(2)}
-    record = {"sha256": digest_file(run / "store.h5"), "sources": sources, "fingerprint": "print"}
-    write_json(run / "store.json", record)
+    record = {"schema": 2, "sha256": digest_file(run / "store.h5"), "sources": sources, "fingerprint": "print"}
+    write_sealed(run / "store.json", record)
     return run / "store.h5"
 
 

@@ -1,0 +1,25 @@
+"""Random rows of the store's schema."""
+
+import numpy as np
+
+
+def make_rows(
+    ids: np.ndarray, segments: int = 5, labels: int = 2, size: int = 8, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Rows of the schema's types, each with a count of segments of its own."""
+    generator = np.random.default_rng([seed, *ids[:1].tolist()])
+    count = generator.integers(1, segments + 1, len(ids))
+    count[0] = segments
+    present = np.arange(segments) < count[:, None, None]
+    padded = {
+        name: np.where(present, generator.normal(size=(len(ids), labels, segments)), np.nan).astype("f4")
+        for name in ("coefficients", "standard_error", "interval")
+    }
+    flat = {name: generator.random((len(ids), labels), "f4") for name in ("probability", "intercept", "score")}
+    return {
+        "image_id": ids.astype("i8"), "label": (ids % 10).astype("i4"), "predicted": (ids % 7).astype("i4"),
+        "segments": generator.integers(0, count[:, None, None], (len(ids), size, size)).astype("u2"),
+        "num_segments": count.astype("u2"), "target": generator.integers(0, 10, (len(ids), labels)).astype("i4"),
+        "effective_samples": generator.random(len(ids), "f4"), "num_samples": np.full(len(ids), 64, "u4"),
+        **padded, **flat,
+    }  # fmt: skip
