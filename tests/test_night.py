@@ -151,7 +151,7 @@ def truncated(night: Night) -> None:
     other = night.image(29)
     night.hold(other)
     night.submit()
-    night.wait(night.run.manifest(0).exists, "the first shard")
+    night.wait(lambda: _is_left_alone(night, 0), "the first shard")
     os.truncate(night.run.shard(0), night.run.shard(0).stat().st_size - 100)
     night.release(other)
     night.completes()
@@ -187,6 +187,11 @@ def start_again(night: Night, call: dict[str, str]) -> Path:
     words = [sys.executable, "-u", "-m", "hpcguard.cluster.task", str(night.submissions()[0].folder)]
     job = night.cluster.sbatch(f"{exports}\n{shlex.join(words)}; echo ended $?")
     return night.cluster.work / f"{job}.out"
+
+
+def _is_left_alone(night: Night, shard: int) -> bool:
+    """Published, and its writer is through with it, who looks once more whether what lies there is its own."""
+    return night.run.manifest(shard).exists() and not _others_that_look_at(night.run.lock(shard), 0)
 
 
 def _others_that_look_at(path: Path, holder: int) -> bool:
@@ -234,7 +239,7 @@ def bad_night(night: Night) -> None:
     night.reached(again, 2)
     night.release(worker, task, again)
     start_again(night, night.reached(night.image(80)))
-    night.wait(night.run.manifest(0).exists, "a shard")
+    night.wait(lambda: _is_left_alone(night, 0), "a shard")
     os.truncate(night.run.shard(0), night.run.shard(0).stat().st_size - 100)
     first = night.task(night.reached(last))
     former = night.node(first)

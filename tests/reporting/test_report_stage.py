@@ -17,6 +17,7 @@ from synthetic import epoch, explanations, result, store, training
 from hpcguard.cli import run_stage
 from hpcguard.config import DataConfig
 from hpcguard.data import load_images
+from hpcguard.store import write_rows
 
 EVALUATION = {"images": 100, "eps": 0.1, "explained": 2}
 
@@ -33,9 +34,7 @@ def folder(tmp_path: Path) -> Path:
     test = load_images(DataConfig(name="digits", size=16), "test")
     for name in ("baseline", "pgd", "guided"):
         write(run / "results" / f"{name}.json", json.dumps(result(name)))
-        with h5py.File(run / "results" / f"{name}_explanations.h5", "w") as file:
-            for column, values in explanations(test.ids[:2], test.labels[:2]).items():
-                file[column] = values
+        write_rows(run / "results" / f"{name}_explanations.h5", explanations(test.ids[:2], test.labels[:2]), "made up")
     for name in ("pgd", "guided"):
         write(run / "checkpoints" / name / "training.json", json.dumps(training(name, name == "guided")))
         write(run / "checkpoints" / name / "log.jsonl", "".join(json.dumps(epoch(k)) + "\n" for k in (1, 2)))
