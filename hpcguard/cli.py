@@ -15,7 +15,7 @@ from types import ModuleType
 
 from hpcguard import __version__
 from hpcguard.cluster.ranks import end_world, rank_name, tell_fault
-from hpcguard.config import describe_keys, load_config
+from hpcguard.config import Config, describe_keys, load_config
 from hpcguard.errors import InputError
 from hpcguard.runs import check_private
 
@@ -95,7 +95,7 @@ def _summary(stage: ModuleType) -> str:
 
 
 def _parser(name: str, stage: ModuleType) -> argparse.ArgumentParser:
-    rows = describe_keys(sections=("run", "device", *stage.SECTIONS))
+    rows = describe_keys(Config, sections=("run", "device", *stage.SECTIONS))
     keys = [
         f"  {key} = {default}\n" + textwrap.fill(meaning, 96, initial_indent="      ", subsequent_indent="      ")
         for key, default, meaning in rows

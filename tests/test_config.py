@@ -85,7 +85,7 @@ def test_a_run_folder_is_a_configuration_and_stands_where_it_lies(tmp_path: Path
 
 
 def test_every_key_is_explained() -> None:
-    unexplained = [key for key, _, meaning in describe_keys() if not meaning]
+    unexplained = [key for key, _, meaning in describe_keys(Config) if not meaning]
     assert not unexplained
 
 

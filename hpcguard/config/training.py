@@ -1,0 +1,123 @@
+"""How an arm is trained."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from hpcguard.config.section import Epsilon, Section, Share, Weight
+
+
+class AttackConfig(Section):
+    method: Literal["none", "fgsm", "pgd"] = "pgd"
+    """Attack that makes the training examples, Linf in [0,1] pixel space."""
+    eps: Epsilon = 8 / 255
+    """Radius, as a number or a fraction such as 8/255."""
+    steps: int = Field(10, gt=0)
+    """Steps of PGD."""
+    step_size: Epsilon | None = None
+    """Step of PGD; null: eps / 4 (FGSM always steps by eps)."""
+
+
+class SpuriousConfig(Section):
+    rule: Literal["misleading", "weight", "random"] = "misleading"
+    """misleading: supports the strongest wrong class more than the true one; weight: large |coefficient| (the paper's
+    tau); random: as many random segments as misleading flags, the control."""
+    share: Share = 0.2
+    """Largest share of an image's segments that is flagged."""
+    z: float = Field(1.0, ge=0)
+    """misleading flags only what lies so many standard errors above zero."""
+    max_empty: Share = 0.9
+    """Refuse to train when a larger share of images has no flagged segment, or has all segments flagged."""
+
+
+class MaskingConfig(Section):
+    weight: Weight = 0.5
+    """Weight of the cross-entropy on images whose flagged segments are hidden; 0: off."""
+    fill: Literal["mean", "noise"] = "mean"
+    """What flagged segments show: the training set's mean colour, or uniform noise."""
+
+
+class SensitivityConfig(Section):
+    weight: Weight = 1.0
+    """Weight of the squared input gradient of the true-class margin over flagged segments; 0: off."""
+    every: int = Field(1, gt=0)
+    """Apply it in every k-th step, with k times the weight."""
+
+
+class TrainingConfig(Section):
+    PLACE = frozenset({"deepspeed", "processes", "threads"})
+    epochs: int = Field(10, gt=0)
+    """Passes over the training split."""
+    max_steps: int | None = Field(None, gt=0)
+    """Stop after so many optimiser steps; null: none."""
+    batch_size: int = Field(128, gt=0)
+    """Global batch: images in one optimiser step over all processes."""
+    accumulation: int = Field(1, gt=0)
+    """Split every process's share of the batch in so many micro-batches."""
+    learning_rate: float = Field(0.05, gt=0)
+    """Peak learning rate of SGD with Nesterov momentum."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum of SGD."""
+    weight_decay: Weight = 5e-4
+    """Weight decay."""
+    warmup: Share = 0.1
+    """Share of all steps over which the learning rate rises; then it falls as a cosine to 0."""
+    augment: Literal["none", "crop", "crop-flip"] = "none"
+    """Random shifts by up to an eighth of the size, and horizontal flips; masks move with their images."""
+    clean_weight: Weight = 0.0
+    """Weight of the cross-entropy on clean images."""
+    adversarial_weight: Weight = 1.0
+    """Weight of the cross-entropy on attacked images."""
+    attack: AttackConfig = AttackConfig()
+    spurious: SpuriousConfig = SpuriousConfig()
+    masking: MaskingConfig = MaskingConfig()
+    sensitivity: SensitivityConfig = SensitivityConfig()
+    start: Literal["baseline", "scratch"] = "baseline"
+    """Where training starts: from the weights that were explained, or from a fresh initialisation."""
+    engine: Literal["deepspeed", "torch"] = "deepspeed"
+    """deepspeed, or plain torch in one process (the reference)."""
+    deepspeed: Path | None = None
+    """DeepSpeed JSON, for example configs/deepspeed/zero1.json; null: ZeRO 0, float32."""
+    processes: int = Field(1, gt=0, le=1024)
+    """Processes that refine starts here when no launcher (srun, torchrun, mpiexec, deepspeed) has started it."""
+    threads: int = Field(1, gt=0, le=1024)
+    """Torch threads of each training process on a CPU."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of initialisation, order, augmentation and attack noise."""
+
+    @property
+    def guided(self) -> bool:
+        """Whether a loss term needs the store's flagged segments."""
+        return self.masking.weight > 0 or self.sensitivity.weight > 0
+
+    @property
+    def attacked(self) -> bool:
+        return self.adversarial_weight > 0 and self.attack.method != "none"
+
+    @model_validator(mode="after")
+    def _some_loss_remains(self) -> "TrainingConfig":
+        if not (self.clean_weight or self.attacked or self.masking.weight):
+            raise ValueError("no loss is left: set clean_weight, masking.weight, or adversarial_weight with an attack")
+        if self.engine == "torch" and self.processes > 1:
+            raise ValueError(f"processes = {self.processes}: engine torch runs in one process; use engine: deepspeed")
+        return self
+
+
+class BaselineConfig(TrainingConfig):
+    """Training of the model to be explained: plain clean training unless asked otherwise."""
+
+    clean_weight: Weight = 1.0
+    """Weight of the cross-entropy on clean images."""
+    adversarial_weight: Weight = 0.0
+    """Weight of the cross-entropy on attacked images."""
+    masking: MaskingConfig = MaskingConfig(weight=0)
+    sensitivity: SensitivityConfig = SensitivityConfig(weight=0)
+    start: Literal["scratch"] = "scratch"
+    """A baseline starts from a fresh initialisation."""
+
+    @model_validator(mode="after")
+    def _nothing_is_explained_yet(self) -> "BaselineConfig":
+        if self.guided:
+            raise ValueError("masking.weight and sensitivity.weight must be 0: nothing is explained yet")
+        return self
