@@ -8,15 +8,10 @@ from hpcguard.config.evaluation import EvaluationConfig
 from hpcguard.config.explain import describe_keys
 from hpcguard.config.inputs import SEGMENTATION_OPTIONS, DataConfig, LimeConfig, ModelConfig
 from hpcguard.config.load import RECORDED, load_config
+from hpcguard.config.objective import AttackConfig, MaskingConfig, SensitivityConfig
 from hpcguard.config.root import Config
-from hpcguard.config.training import (
-    AttackConfig,
-    BaselineConfig,
-    MaskingConfig,
-    SensitivityConfig,
-    SpuriousConfig,
-    TrainingConfig,
-)
+from hpcguard.config.spurious import SpuriousConfig
+from hpcguard.config.training import BaselineConfig, TrainingConfig
 
 __all__ = [
     "RECORDED",

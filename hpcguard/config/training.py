@@ -5,44 +5,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from hpcguard.config.section import Epsilon, Section, Share, Weight
-
-
-class AttackConfig(Section):
-    method: Literal["none", "fgsm", "pgd"] = "pgd"
-    """Attack that makes the training examples, Linf in [0,1] pixel space."""
-    eps: Epsilon = 8 / 255
-    """Radius, as a number or a fraction such as 8/255."""
-    steps: int = Field(10, gt=0)
-    """Steps of PGD."""
-    step_size: Epsilon | None = None
-    """Step of PGD; null: eps / 4 (FGSM always steps by eps)."""
-
-
-class SpuriousConfig(Section):
-    rule: Literal["misleading", "weight", "random"] = "misleading"
-    """misleading: supports the strongest wrong class more than the true one; weight: large |coefficient| (the paper's
-    tau); random: as many random segments as misleading flags, the control."""
-    share: Share = 0.2
-    """Largest share of an image's segments that is flagged."""
-    z: float = Field(1.0, ge=0)
-    """misleading flags only what lies so many standard errors above zero."""
-    max_empty: Share = 0.9
-    """Refuse to train when a larger share of images has no flagged segment, or has all segments flagged."""
-
-
-class MaskingConfig(Section):
-    weight: Weight = 0.5
-    """Weight of the cross-entropy on images whose flagged segments are hidden; 0: off."""
-    fill: Literal["mean", "noise"] = "mean"
-    """What flagged segments show: the training set's mean colour, or uniform noise."""
-
-
-class SensitivityConfig(Section):
-    weight: Weight = 1.0
-    """Weight of the squared input gradient of the true-class margin over flagged segments; 0: off."""
-    every: int = Field(1, gt=0)
-    """Apply it in every k-th step, with k times the weight."""
+from hpcguard.config.objective import AttackConfig, MaskingConfig, SensitivityConfig
+from hpcguard.config.section import Section, Share, Weight
+from hpcguard.config.spurious import SpuriousConfig
 
 
 class TrainingConfig(Section):
