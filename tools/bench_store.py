@@ -53,8 +53,11 @@ from hpcguard.refinement.train import Batches, train
 from hpcguard.runs import RunFolder
 from hpcguard.shards import Explainer, probabilities
 from hpcguard.store import AttributionDataset, BlockShuffled, ShardWriter, Unit, build_view, shard_problem
+from hpcguard.store.pack import group_shards, pack_shards
+from hpcguard.store.reading import StoreReader
 from hpcguard.store.schema import COLUMN, COLUMNS, PACKED_CHUNK, SHARD_CHUNK, chunk_rows
-from hpcguard.store.shard import LIBVER
+from hpcguard.store.shard import LIBVER, read_manifest
+from hpcguard.store.view import store_shapes
 
 PARTS = ("size", "write", "read", "loader", "consolidate", "compression")
 DEFAULT_PARTS = "size,write,read,loader,consolidate"
@@ -367,14 +370,15 @@ def fastest(task: Callable[[], object], rounds: int) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------------ read
-READ_BATCH, READ_SEGMENTS, READ_SHARD = 64, 28, 1000
+READ_BATCH, READ_SEGMENTS = 64, 28
 
 
 def part_read(arguments: argparse.Namespace) -> Figures:
-    """Block-shuffled batches of 64, shards of 1,000 rows by the real writer; one thread, files in the page cache."""
+    """Block-shuffled batches of 64, shards by the real writer; one thread, files in the page cache."""
     with temporary_folder() as folder:
         store, images = readable_store(folder, arguments)
         disk, held = (AttributionDataset(store, images, memory=memory) for memory in (False, True))
+        packed = AttributionDataset(packed_store(store), images, memory=False)
         mapped = memory_maps(folder, held)
         blocks = BlockShuffled(disk, READ_BATCH)
         order = list(blocks._order(0, len(images)))
@@ -384,6 +388,7 @@ def part_read(arguments: argparse.Namespace) -> Figures:
         assert all(torch.equal(one[name].nan_to_num(), again[name].nan_to_num()) for name in again)
         tasks: dict[str, Callable[[], object]] = {
             "store": lambda: list_lengths(BlockShuffled(disk, READ_BATCH)),
+            "packed": lambda: list_lengths(BlockShuffled(packed, READ_BATCH)),
             "held": lambda: list_lengths(BlockShuffled(held, READ_BATCH)),
             "memmap": lambda: list_lengths(
                 disk.complete(own, {name: each[own] for name, each in mapped.items()}) for own in batches
@@ -400,6 +405,7 @@ def part_read(arguments: argparse.Namespace) -> Figures:
     return {
         "read_vs_memmap": wall["memmap"] / wall["store"],
         "read_in_memory_vs_memmap": wall["memmap"] / wall["held"],
+        "read_packed_vs_memmap": wall["memmap"] / wall["packed"],
         "rows_per_second_one_worker": worker,
         "read_vs_memmap_cpu": cpu["memmap"] / cpu["store"],
         "read_in_memory_vs_memmap_cpu": cpu["memmap"] / cpu["held"],
@@ -422,8 +428,8 @@ def readable_store(folder: Path, arguments: argparse.Namespace) -> tuple[Path, I
         images = ImageSet("noise", "train", tuple("0123456789"), ids, ids % 10, pixels.shape, pixels)
     shards, manifests = [], []
     distinct = read_rows(min(count, 2048))
-    for start in range(0, len(images), READ_SHARD):
-        ids = images.ids[start : start + READ_SHARD]
+    for start in range(0, len(images), arguments.read_shard):
+        ids = images.ids[start : start + arguments.read_shard]
         rows = {name: each[ids % len(distinct["label"])] for name, each in distinct.items()}
         rows |= {"image_id": ids, "label": images.labels_of(ids)}
         path, manifest = folder / f"shards/{len(shards)}.h5", folder / f"shards/{len(shards)}.json"
@@ -433,6 +439,20 @@ def readable_store(folder: Path, arguments: argparse.Namespace) -> tuple[Path, I
     size = sum(path.stat().st_size for path in shards)
     print(f"  {len(images)} rows in {len(shards)} shards, {size / len(images):.0f} bytes a row", flush=True)
     return folder / "store.h5", images
+
+
+def packed_store(store: Path) -> Path:
+    """The same rows after `consolidate --repack`."""
+    shards = StoreReader(store).files()
+    manifests = [read_manifest(path.with_suffix(".json")) for path in shards]
+    packed, described = [], []
+    for group in group_shards([path.stat().st_size for path in shards]):
+        packed.append(store.parent / f"packed/{len(packed)}.h5")
+        packed[-1].parent.mkdir(exist_ok=True)
+        own = [shards[index] for index in group]
+        described.append(pack_shards(packed[-1], own, store_shapes(manifests), "bench", {}))
+    build_view(store.with_name("packed.h5"), packed, described, "bench")
+    return store.with_name("packed.h5")
 
 
 def read_rows(count: int) -> dict[str, np.ndarray]:
@@ -554,6 +574,7 @@ def main() -> int:
     parser.add_argument("--shards", type=int, default=1000, help="of part consolidate")
     parser.add_argument("--rows", type=int, default=1000, help="of a shard of part consolidate")
     parser.add_argument("--read-rows", type=int, default=50_000, help="of parts read and loader")
+    parser.add_argument("--read-shard", type=int, default=1000, help="rows of a shard of parts read and loader")
     parser.add_argument("--steps", type=int, default=3, help="of part loader")
     parser.add_argument("--cifar10", type=Path, default=Path("data/cifar10"))
     parser.add_argument("--weights", type=Path, default=Path("data/weights/resnet20-12fca82f.th"))

@@ -13,7 +13,7 @@ import numpy as np
 from hpcguard.errors import InputError
 from hpcguard.store.schema import COLUMN, schema_problem
 
-MOST_OPEN = 64  # files at a time: a store may have ten thousand shards
+MOST_OPEN = 256  # files at a time: a store may have ten thousand shards, a process often but 1,024 files
 BLOCK_BYTES = 2**18  # decoded; what one read should have at least, for h5py's own cost of a read to vanish
 _ABANDONED: list[object] = []  # a parent's open files, which a forked child must neither use nor close
 
