@@ -155,8 +155,11 @@ class Night:
 
     def reached(self, image: str, times: int = 1) -> dict[str, Any]:
         """Wait until a task has been given this image so many times; the last of these calls."""
-        self.wait(lambda: sum(call["image"] == image for call in self.calls()) >= times, f"image {image}")
+        self.wait(lambda: self.times(image) >= times, f"image {image}")
         return [call for call in self.calls() if call["image"] == image][times - 1]
+
+    def times(self, image: str) -> int:
+        return sum(call["image"] == image for call in self.calls())
 
     def wait(self, condition: Callable[[], object], what: str) -> None:
         end = time.monotonic() + PATIENCE_S
@@ -215,6 +218,11 @@ class Night:
 
     def node(self, task: str) -> str:
         return self.cluster.run(f"squeue -h -j {task} -o %N")
+
+    def running_on(self, task: str) -> str:
+        """The node of a task, which may be waiting between two attempts."""
+        self.wait(lambda: self.node(task), f"task {task} on a node")
+        return self.node(task)
 
     def is_preempted(self, task: str) -> bool:
         return "PreemptTime=None" not in self.cluster.run(f"scontrol show job {task}")
