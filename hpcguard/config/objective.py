@@ -4,25 +4,33 @@ from typing import Literal
 
 from pydantic import Field
 
-from hpcguard.config.section import Epsilon, Section, Weight
+from hpcguard.config.section import Epsilon, Radius, Section, Weight
 
 
 class AttackConfig(Section):
-    method: Literal["none", "fgsm", "pgd"] = "pgd"
-    """Attack that makes the training examples, Linf in [0,1] pixel space."""
-    eps: Epsilon = 8 / 255
-    """Radius, as a number or a fraction such as 8/255."""
+    method: Literal["none", "fgsm", "pgd", "trades"] = "pgd"
+    """Attack that makes the training examples, in [0,1] pixel space. trades: PGD on the divergence from the clean
+    answer, which is then the adversarial term too (adversarial_weight is its beta; set clean_weight to 1)."""
+    norm: Literal["linf", "l2"] = "linf"
+    """Ball that the attack stays in."""
+    eps: Radius = 8 / 255
+    """Its radius, as a number or a fraction such as 8/255; of l2 over all pixels and channels, such as 0.5."""
     steps: int = Field(10, gt=0)
-    """Steps of PGD."""
+    """Steps of pgd and trades."""
     step_size: Epsilon | None = None
-    """Step of PGD; null: eps / 4 (FGSM always steps by eps)."""
+    """Length of a step; null: eps / 4 (FGSM always steps by eps)."""
+    where: Literal["everywhere", "flagged", "unflagged"] = "everywhere"
+    """Pixels that the attack may change: all, or only those on, or off, flagged segments."""
 
 
 class MaskingConfig(Section):
     weight: Weight = 0.5
-    """Weight of the cross-entropy on images whose flagged segments are hidden; 0: off."""
-    fill: Literal["mean", "noise"] = "mean"
-    """What flagged segments show: the training set's mean colour, or uniform noise."""
+    """Weight of the loss on images whose flagged segments are hidden; 0: off."""
+    loss: Literal["cross-entropy", "consistency"] = "cross-entropy"
+    """cross-entropy: the hidden image must have its label; consistency: the answer of the clean image (KL)."""
+    fill: Literal["mean", "segment-mean", "noise", "swap"] = "mean"
+    """What flagged segments show: the training set's mean colour, their own mean colour, uniform noise, or what
+    another image of the batch has there."""
 
 
 class SensitivityConfig(Section):
@@ -30,3 +38,6 @@ class SensitivityConfig(Section):
     """Weight of the squared input gradient of the true-class margin over flagged segments; 0: off."""
     every: int = Field(1, gt=0)
     """Apply it in every k-th step, with k times the weight."""
+    at: Literal["start", "clean"] = "start"
+    """Where the gradient is taken. start: where PGD begins, so that the two share a pass and the gradient gives PGD's
+    first step (with other attacks: the clean image); clean: always the clean image, which costs two passes more."""

@@ -18,6 +18,7 @@ def parse_fraction(value: object) -> object:
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Epsilon = Annotated[float, BeforeValidator(parse_fraction), Field(ge=0, le=1)]
+Radius = Annotated[float, BeforeValidator(parse_fraction), Field(ge=0)]
 Weight = Annotated[float, Field(ge=0)]
 
 

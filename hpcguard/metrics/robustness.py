@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hpcguard.attacks import fgsm, pgd
+from hpcguard.attacks import fgsm, pgd, random_start
 
 Model = Callable[[Tensor], Tensor]
 
@@ -43,7 +43,7 @@ def survives_pgd(
 
     def attack(images: Tensor, labels: Tensor) -> Tensor:
         noise = torch.empty(images.shape).uniform_(-1, 1, generator=generator).to(images.device)
-        return pgd(model, images, labels, eps, steps, start=noise)
+        return pgd(model, images, labels, eps, steps, start=random_start(images, noise, eps))
 
     for _ in range(restarts):
         right = survives(model, attack, x, y, right, batch_size)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 def true_class_margin(logits: Tensor, y: Tensor) -> Tensor:
@@ -11,11 +12,20 @@ def true_class_margin(logits: Tensor, y: Tensor) -> Tensor:
     return (true - others.amax(1, keepdim=True))[:, 0]
 
 
-def sensitivity_penalty(logits: Tensor, x: Tensor, y: Tensor, pixels: Tensor) -> Tensor:
-    """Mean over images and input coordinates of (M * d margin / dx)^2, differentiable in the parameters.
+def margin_gradient(logits: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """d margin / dx, the shape of x and differentiable in the parameters; `x` must be the leaf `logits` came from."""
+    return torch.autograd.grad(true_class_margin(logits, y).sum(), x, create_graph=True)[0]
 
-    The paper's L_reg (arXiv 2601.00968) with the margin of the true class for its logit. `x` [B, C, H, W] must be the
-    leaf that `logits` came from; `pixels` M is bool [B, 1, H, W].
+
+def sensitivity_penalty(gradient: Tensor, pixels: Tensor) -> Tensor:
+    """Mean over images and input coordinates of (M * d margin / dx)^2.
+
+    The paper's L_reg (arXiv 2601.00968) with the margin of the true class for its logit; `gradient` is [B, C, H, W],
+    `pixels` M bool [B, 1, H, W].
     """
-    (gradient,) = torch.autograd.grad(true_class_margin(logits, y).sum(), x, create_graph=True)
     return (gradient * pixels).square().mean()
+
+
+def divergence(reference: Tensor, other: Tensor) -> Tensor:
+    """Mean KL(reference || other) of the probabilities of logits [B, K], as in TRADES (Zhang et al. 2019)."""
+    return functional.kl_div(other.log_softmax(1), reference.log_softmax(1), reduction="batchmean", log_target=True)

@@ -3,21 +3,27 @@
 One module called once as engine(...) is the pattern that is right on DeepSpeed's ZeRO 0, 1 and 2.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hpcguard.attacks import fgsm, pgd
+from hpcguard.attacks import fgsm, pgd, random_start
 from hpcguard.config import TrainingConfig
 from hpcguard.models import Normalized
-from hpcguard.refinement.losses import sensitivity_penalty
-from hpcguard.refinement.masking import hide
+from hpcguard.refinement.losses import divergence, margin_gradient, sensitivity_penalty
+from hpcguard.refinement.masking import hide, segment_means
+from hpcguard.refinement.second_order import piecewise_linear
+
+TRADES_START = 0.001  # noise of TRADES' own start, where the divergence has no gradient yet
 
 
 class GuidedStep(nn.Module):
-    """Clean, attacked and masked cross-entropy and the sensitivity penalty, weighted as configured.
+    """Clean, attacked and masked losses and the sensitivity penalty, weighted as configured.
 
-    With masking and sensitivity off it is standard or adversarial training: the controls run this code too.
+    With masking and sensitivity off it is standard, FGSM, PGD or TRADES training: the controls run this code too.
     `terms` holds the last step's unweighted terms as a detached tensor, in the order of TERMS.
     """
 
@@ -32,44 +38,120 @@ class GuidedStep(nn.Module):
         self.terms = torch.zeros(len(self.TERMS))
         self.register_buffer("mean_colour", mean_colour.reshape(1, -1, 1, 1), persistent=False)
 
-    def forward(self, x: Tensor, y: Tensor, pixels: Tensor, noise: Tensor, sensitivity_weight: float) -> Tensor:
-        """Loss of a batch: x [B, C, H, W], y [B], flagged `pixels` [B, 1, H, W], `noise` in [-1, 1] like x."""
+    def forward(
+        self, x: Tensor, y: Tensor, pixels: Tensor, noise: Tensor, sensitivity_weight: float,
+        segments: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Loss of a batch: x [B, C, H, W], y [B], flagged `pixels` [B, 1, H, W], `noise` in [-1, 1] like x, and for
+        the fill segment-mean `segments` [B, H, W]."""
         weights = (
             self.config.clean_weight,
             self.config.adversarial_weight if self.config.attacked else 0.0,
             self.config.masking.weight,
             sensitivity_weight,
         )
-        penalised = sensitivity_weight > 0
-        leaf = x.detach().requires_grad_(penalised)
-        inputs = [leaf] if weights[0] or penalised else []
-        if weights[1]:
-            inputs.append(self._attack(x, y, noise))
-        if weights[2]:
-            inputs.append(hide(x, pixels, self._fill(noise)))
-        outputs = list(self.model(torch.cat(inputs)).split(len(x)))
         terms = [x.new_zeros(()) for _ in weights]
-        if weights[0] or penalised:
-            clean = outputs.pop(0)
-            terms[0] = functional.cross_entropy(clean, y)
-            if penalised:
-                terms[3] = sensitivity_penalty(clean, leaf, y, pixels)
-        for index in (1, 2):
-            if weights[index]:
-                terms[index] = functional.cross_entropy(outputs.pop(0), y)
+        start, first = self._start(x, pixels, noise), None
+        if weights[3]:
+            terms[3], first = self._penalty(x, y, pixels, start)
+        inputs = {"clean": x} if self._needs_clean() else {}
+        if weights[1]:
+            inputs["adversarial"] = self._attack(x, y, pixels, start, first)
+        if weights[2]:
+            inputs["masked"] = hide(x, pixels, self._fill(x, noise, segments))
+        if inputs:
+            outputs = self.model(torch.cat(list(inputs.values()))).float().split(len(x))
+            terms[:3] = self._losses(dict(zip(inputs, outputs, strict=True)), y, terms)
         self.terms = torch.stack([term.detach() for term in terms])
         return torch.stack([weight * term for weight, term in zip(weights, terms, strict=True) if weight]).sum()
 
-    def _attack(self, x: Tensor, y: Tensor, noise: Tensor) -> Tensor:
-        attack = self.config.attack
-        was_training = self.model.training
-        self.model.eval()  # crafting in training mode would move the batch statistics once a step of the attack
-        if attack.method == "fgsm":
-            attacked = fgsm(self.model, x, y, attack.eps)
-        else:
-            attacked = pgd(self.model, x, y, attack.eps, attack.steps, attack.step_size, noise)
-        self.model.train(was_training)
-        return attacked.detach()
+    def _needs_clean(self) -> bool:
+        compared = self.config.masking.weight and self.config.masking.loss == "consistency"
+        return bool(self.config.clean_weight or compared or (self.config.attacked and self._trades))
 
-    def _fill(self, noise: Tensor) -> Tensor:
-        return self.mean_colour if self.config.masking.fill == "mean" else (noise + 1) / 2
+    @property
+    def _trades(self) -> bool:
+        return self.config.attack.method == "trades"
+
+    @property
+    def _shares_start(self) -> bool:
+        """Whether the penalty is taken where the attack begins, so that its gradient is the attack's first."""
+        return self.config.attacked and self.config.attack.method == "pgd" and self.config.sensitivity.at == "start"
+
+    def _losses(self, logits: dict[str, Tensor], y: Tensor, terms: list[Tensor]) -> list[Tensor]:
+        """Clean, adversarial and masked term of the logits that there are."""
+        clean, adversarial, masked = terms[:3]
+        if "clean" in logits:
+            clean = functional.cross_entropy(logits["clean"], y)
+        if "adversarial" in logits and self._trades:
+            adversarial = divergence(logits["clean"], logits["adversarial"])
+        elif "adversarial" in logits:
+            adversarial = functional.cross_entropy(logits["adversarial"], y)
+        if "masked" in logits and self.config.masking.loss == "consistency":
+            masked = divergence(logits["clean"], logits["masked"])
+        elif "masked" in logits:
+            masked = functional.cross_entropy(logits["masked"], y)
+        return [clean, adversarial, masked]
+
+    def _penalty(self, x: Tensor, y: Tensor, pixels: Tensor, start: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The sensitivity term, and the attack's first gradient where it is one.
+
+        In eval mode, where an image's gradient is its own and not also that of its batch's statistics, and in float32.
+        """
+        leaf = (start if self._shares_start else x).detach().requires_grad_()
+        with _evaluating(self.model), torch.autocast(x.device.type, enabled=False):
+            with piecewise_linear():
+                logits = self.model(leaf)
+            gradient = margin_gradient(logits, leaf, y)
+        # The cross-entropy rises where the margin falls.
+        return sensitivity_penalty(gradient, pixels), -gradient.detach() if self._shares_start else None
+
+    def _start(self, x: Tensor, pixels: Tensor, noise: Tensor) -> Tensor:
+        """Where the attack begins."""
+        attack = self.config.attack
+        if attack.method in ("none", "fgsm"):
+            return x
+        if self._trades:
+            return (x + TRADES_START * noise).clamp(0, 1)
+        return random_start(x, noise, attack.eps, attack.norm, self._where(pixels))
+
+    def _attack(self, x: Tensor, y: Tensor, pixels: Tensor, start: Tensor, first: Tensor | None) -> Tensor:
+        attack, where = self.config.attack, self._where(pixels)
+        with _evaluating(self.model):  # crafting in training mode would move the batch statistics once a step
+            if attack.method == "fgsm":
+                return fgsm(self.model, x, y, attack.eps, attack.norm, where).detach()
+            loss = self._divergence_from(x) if self._trades else None
+            return pgd(
+                self.model, x, y, attack.eps, attack.steps, attack.step_size, start, attack.norm, where, loss, first
+            ).detach()
+
+    def _divergence_from(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """What TRADES' attack ascends."""
+        with torch.no_grad():
+            clean = self.model(x).float()
+        return lambda logits: len(x) * divergence(clean, logits.float())
+
+    def _where(self, pixels: Tensor) -> Tensor | None:
+        return {"everywhere": None, "flagged": pixels, "unflagged": ~pixels}[self.config.attack.where]
+
+    def _fill(self, x: Tensor, noise: Tensor, segments: Tensor | None) -> Tensor:
+        fill = self.config.masking.fill
+        if fill == "mean":
+            return self.mean_colour
+        if fill == "noise":
+            return (noise + 1) / 2
+        if fill == "swap":
+            return x.roll(1, 0)  # the batch comes in random order
+        if segments is None:
+            raise ValueError("fill segment-mean: forward needs segments")
+        return segment_means(x, segments)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -16,7 +16,7 @@ from hpcguard.config import TrainingConfig
 from hpcguard.data import ImageSet
 from hpcguard.errors import InputError
 from hpcguard.randomness import keyed_generator, torch_seed
-from hpcguard.refinement.augment import augment
+from hpcguard.refinement.augment import augment, draw_shifts
 from hpcguard.refinement.checkpoint import load_checkpoint, save_checkpoint
 from hpcguard.refinement.engine import Engine, average_buffers, micro_batch_size
 from hpcguard.refinement.masking import flagged_pixels
@@ -102,13 +102,14 @@ def _train_step(
     # What the model itself draws (dropout): other numbers on every rank, the same ones after a resume.
     torch.manual_seed(torch_seed("dropout", config.seed, step * 2**16 + engine.rank))
     batch = batches.read(chosen)
+    # Drawn for the global batch on every rank: the numbers do not depend on the number of processes.
     x = batch["image"]
-    if config.guided:
-        pixels = flagged_pixels(batch["flagged"], batch["segments"])
+    shifts = draw_shifts(len(x), x.shape[2], config.augment, generator)
+    x, segments = augment(x, batch["segments"] if config.guided else None, shifts)
+    if segments is not None:
+        pixels = flagged_pixels(batch["flagged"], segments)
     else:
         pixels = x.new_zeros(len(x), 1, *x.shape[2:], dtype=torch.bool)
-    # Drawn for the global batch on every rank: the numbers do not depend on the number of processes.
-    x, pixels = augment(x, pixels, config.augment, generator)
     noise = torch.empty_like(x).uniform_(-1, 1, generator=generator)
     weight = config.sensitivity.weight * config.sensitivity.every if step % config.sensitivity.every == 0 else 0.0
     micro = micro_batch_size(config, engine.world_size)

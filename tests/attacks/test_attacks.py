@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hpcguard.attacks import autoattack, fgsm, pgd
+from hpcguard.attacks import autoattack, fgsm, pgd, random_start
 from hpcguard.errors import InputError
 from hpcguard.metrics.accuracy import wilson_interval
 from hpcguard.metrics.robustness import is_right, survives, survives_pgd
@@ -40,11 +40,45 @@ def test_gradient_attacks_are_optimal_on_a_linear_model(linear: nn.Module, start
     y = linear(x).argmax(1)
     distance = exact_distance(linear, x, y)
     eps = float(distance.median())
-    noise = torch.empty_like(x).uniform_(-1, 1, generator=torch.Generator().manual_seed(2)) if start else None
+    noise = torch.empty_like(x).uniform_(-1, 1, generator=torch.Generator().manual_seed(2))
+    begin = random_start(x, noise, eps) if start else None
     clear = (distance - eps).abs() > 1e-4
-    for attacked in (fgsm(linear, x, y, eps), pgd(linear, x, y, eps, 20, start=noise)):
+    for attacked in (fgsm(linear, x, y, eps), pgd(linear, x, y, eps, 20, start=begin)):
         broken = linear(attacked).argmax(1) != y
         assert torch.equal(broken[clear], (distance < eps)[clear])
+
+
+@pytest.mark.parametrize("start", [False, True])
+def test_l2_attacks_are_optimal_on_a_linear_model(linear: nn.Module, start: bool) -> None:
+    """Far from 0 and 1 the exact L2 distance of an image is |margin| / |w|_2."""
+    x = middle_images(200)
+    y = linear(x).argmax(1)
+    weight = linear[1].weight[0] - linear[1].weight[1]
+    logits = linear(x)
+    distance = ((logits[:, 0] - logits[:, 1]).abs() / weight.norm()).detach()
+    eps = min(0.25, float(distance.median()))
+    noise = torch.empty_like(x).uniform_(-1, 1, generator=torch.Generator().manual_seed(2))
+    begin = random_start(x, noise, eps, "l2") if start else None
+    clear = (distance - eps).abs() > 1e-3
+    assert 20 < (distance < eps).sum() < 180
+    for attacked in (fgsm(linear, x, y, eps, "l2"), pgd(linear, x, y, eps, 20, start=begin, norm="l2")):
+        broken = linear(attacked).argmax(1) != y
+        assert torch.equal(broken[clear], (distance < eps)[clear])
+
+
+def test_l2_attacks_stay_in_the_ball_and_in_the_pixel_range() -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.GELU(), nn.Flatten(), nn.Linear(4 * 49, 3))
+    x = torch.rand(16, 3, 8, 8).round(decimals=1)
+    y = torch.randint(0, 3, (16,))
+    for eps in (0.0, 0.1, 2.0):
+        begin = random_start(x, torch.empty_like(x).uniform_(-1, 1), eps, "l2")
+        for attacked in (begin, fgsm(model, x, y, eps, "l2"), pgd(model, x, y, eps, 5, start=begin, norm="l2")):
+            lengths = (attacked - x).flatten(1).norm(dim=1)
+            assert lengths.max() <= eps * (1 + 1e-5) + 1e-7
+            assert lengths.min() >= 0.5 * eps
+            assert attacked.min() >= 0
+            assert attacked.max() <= 1
 
 
 def test_attacks_stay_in_the_ball_and_in_the_pixel_range() -> None:
@@ -54,7 +88,11 @@ def test_attacks_stay_in_the_ball_and_in_the_pixel_range() -> None:
     y = torch.randint(0, 3, (16,))
     for eps in (2 / 255, 0.3):
         noise = torch.empty_like(x).uniform_(-1, 1)
-        for attacked in (fgsm(model, x, y, eps), pgd(model, x, y, eps, 5, start=noise), pgd(model, x, y, eps, 3, 0.5)):
+        for attacked in (
+            fgsm(model, x, y, eps),
+            pgd(model, x, y, eps, 5, start=random_start(x, noise, eps)),
+            pgd(model, x, y, eps, 3, 0.5),
+        ):
             assert (attacked - x).abs().max() <= eps + 1e-6
             assert attacked.min() >= 0
             assert attacked.max() <= 1
