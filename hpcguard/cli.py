@@ -19,7 +19,7 @@ from hpcguard.config import Config, describe_keys, load_config
 from hpcguard.errors import InputError
 from hpcguard.runs import check_private
 
-STAGES = ("attribute", "consolidate", "refine", "evaluate", "report", "status", "cancel", "inspect", "export")
+STAGES = ("attribute", "consolidate", "refine", "evaluate", "report", "loop", "status", "cancel", "inspect", "export")
 OF_STORES = ("inspect", "export")
 LOOKING = ("status",)  # reads others' run folders and runs nothing of theirs
 ALIASES = {"retry": "attribute"}

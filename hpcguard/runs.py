@@ -182,6 +182,36 @@ class RunFolder:
             temporary.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 
+@dataclass(frozen=True)
+class LoopFolder:
+    """Paths of a closed loop: a run folder for each round, and what the loop decided."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def record(self) -> Path:
+        return self.path / "loop.json"
+
+    def round(self, number: int) -> Path:
+        return self.path / f"round-{number}"
+
+    def round_config(self, number: int) -> Path:
+        return self.path / f"round-{number}.yaml"
+
+    def create(self) -> None:
+        """Make the folder, private to its owner. Raises InputError if it is a run folder or others may enter it."""
+        if (self.path / "plan.json").exists():
+            raise InputError(
+                f"run = {self.path}: is the folder of a single run; set run to another folder for the loop"
+            )
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        check_private(self.path)
+
+
 def run_of(file: Path) -> RunFolder | None:
     """The run folder that a store, a shard or an explanation file lies in."""
     place = file.resolve()

@@ -10,6 +10,9 @@ import pytest
 from night import REPOSITORY, Night, Scenes, Shape, assert_same, digests, local, played, scene, write_config  # noqa: F401
 from slurm_cluster import need_accounting
 
+from hpcguard.cluster.plan import read_plan
+from hpcguard.runs import LoopFolder, digest_file
+
 SCENES: Scenes = {}
 CHAIN = {"then": ["refine", "evaluate", "report"]}
 ONE_TASK = Shape(images=48, unit=4, shards=6, per_task=6)
@@ -113,6 +116,25 @@ def gpus_of_two_tasks(night: Night) -> None:
     assert night.twice() == {}
 
 
+@scene(
+    SCENES, "--nodes", 1, slurm={"refine": {"minutes": 10}, "evaluate": {"minutes": 10}},
+    sections={"refinement": {"engine": "torch", "epochs": 1},
+              "loop": {"rounds": 2, "min_gain": None, "max_jaccard": None}},
+)  # fmt: skip
+def closed_loop(night: Night) -> None:
+    """Two rounds by one command, which returns at once: the first round's last job begins the second."""
+    said = night.hpcguard("loop", night.config, "cluster.executor=slurm")
+    assert "round 1 is in Slurm's queue" in said
+    record = LoopFolder(night.run.path).record
+    night.wait(lambda: record.exists() and json.loads(record.read_text())["stopped"], "the end of the loop")
+    first, second = json.loads(record.read_text())["rounds"]
+    assert first["jaccard"] is None
+    assert 0 <= second["jaccard"] <= 1
+    plan = read_plan(LoopFolder(night.run.path).round(2) / "plan.json")
+    assert plan.identity["model"]["weights_sha256"] == digest_file(Path(first["weights"]))
+    assert "all 2 rounds are done" in night.hpcguard("loop", night.config, "cluster.executor=slurm")
+
+
 @pytest.mark.parametrize("name", SCENES)
 def test_a_whole_run(name: str, played: dict[str, Future[Night]], local: Callable[[Shape], Path]) -> None:
     if name == "gpus_of_one_task":
@@ -120,7 +142,7 @@ def test_a_whole_run(name: str, played: dict[str, Future[Night]], local: Callabl
     reference = local(SCENES[name].shape)
     night = played[name].result()
     if name != "chain":
-        assert_same(night.run.path, reference)
+        assert_same(night.run.path / ("round-1" if name == "closed_loop" else ""), reference)
         return
     # The shard with the image that was left out differs; all others are the same.
     here, there = digests(night.run.path), digests(reference)

@@ -54,7 +54,7 @@ def test_the_baseline_is_clean_training_from_scratch(source: Path) -> None:
         ("attribution.num_samples=many", ["attribution.num_samples = 'many'", "integer"]),
         ("attribution.fill=2", ["fill = 2", "from 0 to 1"]),
         ("refinement.attack.eps=8/x", ["refinement.attack.eps", "8/255"]),
-        ("refinement.attack.eps=300", ["refinement.attack.eps = 300", "less than or equal to 1"]),
+        ("refinement.attack.eps=300", ["refinement.attack.eps = 300", "at most 1"]),
         ("refinement.learning_rate=.nan", ["refinement.learning_rate", "finite"]),
         ("baseline.masking.weight=1", ["baseline", "masking.weight"]),
         ("controls.guided.epochs=1", ["controls.guided", "another name"]),

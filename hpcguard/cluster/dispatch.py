@@ -148,7 +148,7 @@ def followers(config: Config, path: Path, number: int) -> list[Follower]:
     if last:
         found.append(Follower("evaluate", asked.evaluate, last))
     if asked.next:
-        command = sbatch.stage(asked, "attribute", asked.next.expanduser().resolve())
+        command = sbatch.stage(asked, asked.next_stage, asked.next.expanduser().resolve())
         found.append(Follower("next", asked.consolidate, [command]))
     return found
 

@@ -8,6 +8,7 @@ from hpcguard.config.evaluation import EvaluationConfig
 from hpcguard.config.explain import describe_keys
 from hpcguard.config.inputs import SEGMENTATION_OPTIONS, DataConfig, LimeConfig, ModelConfig
 from hpcguard.config.load import RECORDED, load_config
+from hpcguard.config.loop import LoopConfig
 from hpcguard.config.objective import AttackConfig, MaskingConfig, SensitivityConfig
 from hpcguard.config.root import Config
 from hpcguard.config.spurious import SpuriousConfig
@@ -24,6 +25,7 @@ __all__ = [
     "EvaluationConfig",
     "JobConfig",
     "LimeConfig",
+    "LoopConfig",
     "MaskingConfig",
     "ModelConfig",
     "SensitivityConfig",

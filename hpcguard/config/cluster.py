@@ -107,6 +107,8 @@ class SlurmConfig(Section):
     """Stages submitted with attribution to follow its consolidation, such as [refine, evaluate, report]."""
     next: Path | None = None
     """Configuration of the next round, attributed when the last of those stages has ended well."""
+    next_stage: Literal["attribute", "loop"] = "attribute"
+    """What is run on it; loop: the closed loop, which sets these keys of its rounds itself."""
     attribute: JobConfig = JobConfig()
     """An array task of attribution."""
     consolidate: JobConfig = JobConfig()

@@ -2,7 +2,8 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from hpcguard.config.section import Epsilon, Radius, Section, Weight
 
@@ -21,6 +22,13 @@ class AttackConfig(Section):
     """Length of a step; null: eps / 4 (FGSM always steps by eps)."""
     where: Literal["everywhere", "flagged", "unflagged"] = "everywhere"
     """Pixels that the attack may change: all, or only those on, or off, flagged segments."""
+
+    @field_validator("eps")
+    @classmethod
+    def _eps_of_its_norm(cls, eps: float, info: ValidationInfo) -> float:
+        if info.data.get("norm") == "linf" and eps > 1:
+            raise PydanticCustomError("radius", "at most 1 in linf, for pixels lie in [0, 1]; write for example 8/255")
+        return eps
 
 
 class MaskingConfig(Section):

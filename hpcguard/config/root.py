@@ -9,6 +9,7 @@ from hpcguard.config.cluster import ClusterConfig
 from hpcguard.config.evaluation import EvaluationConfig
 from hpcguard.config.explain import explain
 from hpcguard.config.inputs import DataConfig, LimeConfig, ModelConfig
+from hpcguard.config.loop import LoopConfig
 from hpcguard.config.section import Section
 from hpcguard.config.training import BaselineConfig, TrainingConfig
 from hpcguard.errors import InputError
@@ -30,6 +31,7 @@ class Config(Section):
     controls: dict[str, dict[str, Any]] = {}
     """Other arms by name, each a set of changes to refinement, for example {pgd: {masking: {weight: 0}}}."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    loop: LoopConfig = LoopConfig()
 
     @model_validator(mode="after")
     def _arms_are_consistent(self) -> "Config":

@@ -62,3 +62,9 @@ def topk_jaccard(first: np.ndarray, second: np.ndarray, k: int = 5) -> float:
     """Jaccard index of the k segments of largest |coefficient| in two explanations [d] of one image."""
     top = [set(np.argsort(-np.nan_to_num(np.abs(each), nan=-1.0), kind="stable")[:k]) for each in (first, second)]
     return len(top[0] & top[1]) / len(top[0] | top[1])
+
+
+def mean_set_jaccard(first: np.ndarray, second: np.ndarray) -> float:
+    """Mean over images of |A and B| / |A or B| of two sets of segments, bool [N, S] each; 1 where both are empty."""
+    both, either = (first & second).sum(1), (first | second).sum(1)
+    return float(np.where(either > 0, both / np.maximum(either, 1), 1.0).mean())
