@@ -48,6 +48,9 @@ class ModelConfig(Section):
     """Channel means for normalisation inside the model; null: 0."""
     std: tuple[Annotated[float, Field(ge=1e-6)], ...] | None = None
     """Channel standard deviations for normalisation inside the model; null: 1."""
+    activation: Literal["relu", "gelu", "softplus", "silu"] | None = None
+    """Put in the place of every torch.nn.ReLU module, weights loaded as before; null: as built. Networks with smooth
+    activations fit a penalty on their input gradients, ReLU networks hardly (arXiv:2409.20139)."""
     options: dict[str, Any] = {}
     """Keyword arguments for the model's constructor."""
 
