@@ -134,6 +134,10 @@ def test_batches_hold_the_rows_of_their_images(
     assert torch.equal(dataset[40]["segments"], batch["segments"][2])
     assert np.array_equal(dataset[-1]["image_id"], ids[::3][-1])
     assert np.array_equal(dataset.rows["standard_error"], plain["standard_error"][::3], equal_nan=True)
+    for name in ("interval", "sensitivity", "instability", "segments"):  # read where asked for
+        column = dataset.rows[name]
+        assert column.shape == plain[name][::3].shape and len(column) == len(dataset)
+        assert np.array_equal(column[3:20], plain[name][::3][3:20], equal_nan=name != "segments")
     assert set(AttributionDataset(store, own, [], memory).batch(chosen)) == set(batch) - {"segments", "coefficients"}
 
 
