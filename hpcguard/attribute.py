@@ -24,13 +24,13 @@ from hpcguard.cluster.settle import settle, settling
 from hpcguard.cluster.submission import ATTRIBUTE, parse_name, read_submissions, shards_in_queue
 from hpcguard.config import Config
 from hpcguard.data import ImageSet, load_images
-from hpcguard.models import check_answers, load_model
+from hpcguard.models import check_answers, check_gradient, load_model
 from hpcguard.progress import duration, say
 from hpcguard.runs import RunFolder, digest_file, exclusive
 from hpcguard.shards import (
     ShardTask,
+    classifier,
     explain_unit,
-    probabilities,
     quarantined,
     readable_ids,
     shard_problems,
@@ -82,6 +82,8 @@ def _agreed_plan(config: Config, images: ImageSet, folder: RunFolder) -> Plan:
     model = load_model(config.model, len(images.classes), images.shape[0], weights)
     first = readable_ids(images, 1)
     check_answers(model, torch.from_numpy(images.images(first)), len(images.classes))
+    if config.attribution.sensitivity:
+        check_gradient(model, torch.from_numpy(images.images(first)))
     check_segmentation(images.images(first)[0], config.attribution, int(first[0]))
     folder.create()
     plan = agree_on_plan(folder.plan, make_plan(images.ids, config.attribution.unit, config.cluster.shards, identity))
@@ -234,13 +236,13 @@ def _measure(config: Config, images: ImageSet) -> tuple[float, float]:
     """Seconds an image and segments an image, from a few images; the time does not depend on the weights."""
     torch.set_num_threads(config.cluster.threads)
     device = pick_device(config.device, 0)
-    predict = probabilities(config, images, None, device)
+    model = classifier(config, images, None, device)
     ids = images.ids[:: max(1, len(images) // SAMPLE_IMAGES)][:SAMPLE_IMAGES]
     pixels, labels = images.images(ids), images.labels_of(ids)
     # Imports and first-call costs do not count.
-    explain_unit(predict, pixels[:1], labels[:1], ids[:1], config, device)
+    explain_unit(model, pixels[:1], labels[:1], ids[:1], config, device)
     started = time.perf_counter()
-    rows = explain_unit(predict, pixels, labels, ids, config, device)
+    rows = explain_unit(model, pixels, labels, ids, config, device)
     return (time.perf_counter() - started) / len(ids), float(rows["num_segments"].mean())
 
 

@@ -24,7 +24,7 @@ from hpcguard.data import load_images
 from hpcguard.errors import InputError
 from hpcguard.metrics.attribution import Sums, combine_statistics, row_statistics, summarise, summarise_classes
 from hpcguard.progress import say
-from hpcguard.refinement.spurious import flag_segments
+from hpcguard.refinement.spurious import is_computed, judge
 from hpcguard.runs import RunFolder, digest_file, write_sealed
 from hpcguard.store import (
     attributes,
@@ -44,7 +44,7 @@ EXAMPLE = (
 )
 SECTIONS = ("data", "model", "attribution", "cluster", "refinement")
 GROUPS = 256  # of shards, each added up by one rank: cut by the plan alone, so that no sum depends on the ranks
-RULES = ("misleading", "weight")
+CRITERIA = ("weight", "sensitivity", "instability", "irrelevant", "misleading")  # that need nothing but the rows
 
 
 @dataclass
@@ -109,7 +109,7 @@ def consolidate(
         statistics = {
             "statistics": summarise(total),
             "classes": summarise_classes(total, classes),
-            "spurious": {"share": spurious.share, "z": spurious.z},
+            "spurious": spurious.model_dump(mode="json", include={*CRITERIA, "z"}),
         }
         _publish(folder, plan, manifests, packed, statistics)
         _report(folder, plan, statistics["statistics"], world.size, len(packed))
@@ -137,13 +137,9 @@ def _verify(
 
 
 def _add_up(blocks: list[Sums], num_classes: int, spurious: SpuriousConfig, rows: dict[str, np.ndarray]) -> None:
-    flagged = {rule: flag_segments(rows, _by(spurious, rule), 0) for rule in RULES}
-    flagged["random"] = flagged["misleading"]  # as many of each image, by its definition
+    """What each criterion flags by itself is counted, before spurious.share cuts it."""
+    flagged = {name: judge(rows, name, spurious)[0] for name in CRITERIA if is_computed(rows, name)}
     blocks.append(row_statistics(rows, num_classes, flagged))
-
-
-def _by(spurious: SpuriousConfig, rule: str) -> SpuriousConfig:
-    return spurious.model_copy(update={"rule": rule})
 
 
 def _check_shards(folder: RunFolder, plan: Plan, problems: Mapping[int, str]) -> None:

@@ -49,7 +49,7 @@ def run(source: Path, arguments: argparse.Namespace) -> int:
         if arguments.picture and not arguments.json:
             say(f"inspect: {arguments.picture}")
     elif not arguments.verify:
-        _show(describe(stored.reader), arguments.json, _text)
+        _show(describe(stored.reader, stored.record()), arguments.json, _text)
     if arguments.verify:
         checked = _verify(stored, not arguments.json)
         say(json.dumps({"verified": len(stored.reader)}) if arguments.json else f"inspect: {stored.path}: {checked}")
@@ -110,7 +110,14 @@ def _explanation(row: dict[str, np.ndarray]) -> dict[str, Any]:
         | {name: row[name][k, :count].tolist() for name in per_segment}
         for k in range(len(row["target"]))
     ]
-    return {**values, "pixels": np.bincount(row["segments"].ravel(), minlength=count).tolist(), "explained": labels}
+    pixels = np.bincount(row["segments"].ravel(), minlength=count).tolist()
+    # None where attribution did not compute them: JSON has no NaN.
+    more: dict[str, Any] = {
+        name: None if np.isnan(row[name][:count]).any() else row[name][:count].tolist()
+        for name in ("sensitivity", "instability")
+        if name in row
+    }
+    return {**values, "pixels": pixels, **more, "explained": labels}
 
 
 def _explanation_text(values: dict[str, Any]) -> str:
@@ -125,8 +132,13 @@ def _explanation_text(values: dict[str, Any]) -> str:
         for each in labels
     ]
     order = np.argsort(-np.abs(labels[0]["coefficients"]), kind="stable")
-    columns = ["segment", "pixels", *(f"class {each['target']}" for each in labels)]
-    table = [[str(k), str(values["pixels"][k]), *(_with_error(each, int(k)) for each in labels)] for k in order]
+    more = [name for name in ("sensitivity", "instability") if values.get(name)]
+    columns = ["segment", "pixels", *(f"class {each['target']}" for each in labels), *more]
+    table = [
+        [str(k), str(values["pixels"][k]), *(_with_error(each, int(k)) for each in labels),
+         *(f"{values[name][k]:.3g}" for name in more)]
+        for k in order
+    ]  # fmt: skip
     return "\n".join([*lines, to_text(Table(columns, table))])
 
 
@@ -154,6 +166,8 @@ def _text(values: dict[str, Any]) -> str:
         rows = [[label, *(f"{each[name]:.4g}" for name in names)] for label, each in values["classes"].items()]
         more = [f"  ({len(rows) - 20} more classes: --json shows all)"] if len(rows) > 20 else []
         lines += ["", to_text(Table(columns, rows[:20])).rstrip(), *more]
+    if "spurious" in values:
+        lines += ["", _spurious_text(values["spurious"])]
     columns = ["column", "type", "shape", "bytes an image", "stored", "how"]
     count = max(1, values["images"])
     rows = [
@@ -162,6 +176,16 @@ def _text(values: dict[str, Any]) -> str:
         for name, each in values["columns"].items()
     ]  # fmt: skip
     return "\n".join([*lines, "", to_text(Table(columns, rows))])
+
+
+def _spurious_text(spurious: dict[str, Any]) -> str:
+    names = list(spurious["all"])
+    rows = [
+        [label, *(f"{shares[name]:.3f}" for name in names)]
+        for label, shares in [("all", spurious["all"]), *list(spurious["classes"].items())[:20]]
+    ]
+    title = "  share of segments that each criterion of spurious flags by itself, before its share cuts them"
+    return f"{title}\n{to_text(Table(['class', *names], rows)).rstrip()}"
 
 
 def _range(values: dict[str, float]) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpcguard.attribution import explain_batch, true_and_runner_up
+from hpcguard.attribution import explain_batch, segment_sensitivity, true_and_runner_up
 from hpcguard.attribution.ahead import Block, segmented_ahead
 from hpcguard.attribution.segments import labels_fit_a_byte, segments_on_device
 from hpcguard.cluster.devices import full_float32, pick_device
@@ -27,6 +27,7 @@ from hpcguard.cluster.plan import Plan
 from hpcguard.config import Config
 from hpcguard.data import ImageSet, load_images
 from hpcguard.errors import InputError
+from hpcguard.metrics.stability import noise_instability
 from hpcguard.models import fastest_layout, for_inference, load_model
 from hpcguard.runs import RunFolder, claimed, digest_file, read_json
 from hpcguard.store import Journal, ShardWriter, Unit, read_journal, rows_from, shard_problem, unit_problem
@@ -41,6 +42,14 @@ PAUSES_S = (1.0, 5.0)  # between attempts to read images
 MOST_TRIED = 64  # images looked at for one that can be read
 
 
+@dataclass(frozen=True)
+class Classifier:
+    """The model that is explained, on images in [0, 1] on its device."""
+
+    probabilities: Predict  # of a copy made for inference, which may have no gradients
+    logits: Predict  # of the model itself, differentiable with respect to the images
+
+
 @dataclass
 class ShardTask:
     """task(index, slot, report) of the local pool: explains shard `index` of a plan; made once a worker process."""
@@ -49,7 +58,7 @@ class ShardTask:
     plan: Plan
     workers: int  # that share this machine
     attempt: str  # names what this job does, see cluster.attempt.new_attempt
-    _model: tuple[torch.device, Predict] | None = field(default=None, init=False)
+    _model: tuple[torch.device, Classifier] | None = field(default=None, init=False)
 
     @cached_property
     def folder(self) -> RunFolder:
@@ -119,17 +128,17 @@ class ShardTask:
             path.unlink(missing_ok=True)
 
     def _explainer(self, index: int, slot: int) -> "Explainer":
-        device, predict = self._model = self._model or self._load(slot)
+        device, model = self._model = self._model or self._load(slot)
         killed = sum(failure.kind == "out-of-memory" for failure in read_failures(self.folder, index))
         batch = max(1, self.config.attribution.batch_size >> killed)
-        return Explainer(self.config, self.images, predict, device, self.workers, batch)
+        return Explainer(self.config, self.images, model, device, self.workers, batch)
 
-    def _load(self, slot: int) -> tuple[torch.device, Predict]:
+    def _load(self, slot: int) -> tuple[torch.device, Classifier]:
         device = pick_device(self.config.device, slot)
         weights = self.folder.explained_weights(self.config)
         if digest_file(weights) != self.plan.identity["model"]["weights_sha256"]:
             raise InputError(f"{weights}: changed since the plan was made; restore it, or set run to another folder")
-        return device, probabilities(self.config, self.images, weights, device)
+        return device, classifier(self.config, self.images, weights, device)
 
 
 def shard_problems(folder: RunFolder, plan: Plan, ids: np.ndarray) -> dict[int, str]:
@@ -164,7 +173,7 @@ class Explainer:
 
     config: Config
     images: ImageSet
-    predict: Predict
+    model: Classifier
     device: torch.device
     workers: int
     batch_size: int
@@ -264,7 +273,7 @@ class Explainer:
         while True:
             try:
                 rows = explain_unit(
-                    self.predict, pixels, self.images.labels_of(ids), ids, self.config, self.device, segments,
+                    self.model, pixels, self.images.labels_of(ids), ids, self.config, self.device, segments,
                     self.batch_size,
                 )  # fmt: skip
                 break
@@ -310,16 +319,17 @@ def readable_ids(images: ImageSet, wanted: int) -> np.ndarray:
     return np.array(found, np.int64)
 
 
-def probabilities(config: Config, images: ImageSet, weights: Any, device: torch.device) -> Predict:
-    """The model as a function from images in [0, 1] to probabilities."""
+def classifier(config: Config, images: ImageSet, weights: Any, device: torch.device) -> Classifier:
+    """The configured model with its weights, to be called and to be differentiated."""
     full_float32()
     example = torch.from_numpy(images.images(readable_ids(images, 2))).to(device)
-    model = for_inference(load_model(config.model, len(images.classes), images.shape[0], weights), example)
-    return lambda batch: model(batch).softmax(1)
+    plain = load_model(config.model, len(images.classes), images.shape[0], weights)
+    quick = for_inference(plain, example)
+    return Classifier(lambda batch: quick(batch).softmax(1), plain.to(device).requires_grad_(False))
 
 
 def explain_unit(
-    predict: Predict,
+    model: Classifier,
     images: np.ndarray,
     labels: np.ndarray,
     ids: np.ndarray,
@@ -329,6 +339,7 @@ def explain_unit(
     batch_size: int | None = None,
 ) -> dict[str, np.ndarray]:
     """Store rows of one unit: the true label and the strongest wrong one explained."""
+    predict = model.probabilities
     settings = config.attribution
     if batch_size is not None:
         settings = settings.model_copy(update={"batch_size": batch_size})
@@ -336,4 +347,12 @@ def explain_unit(
     with torch.inference_mode():
         targets = true_and_runner_up(predict(pixels.clone()), torch.from_numpy(labels).to(device))
     explained = explain_batch(predict, pixels, ids, settings, targets.cpu().numpy(), segments)
-    return rows_from(explained, labels)
+    pairs, maps = explained.targets, explained.segments
+    sensitivity = instability = None
+    if settings.sensitivity:
+        sensitivity = segment_sensitivity(model.logits, pixels, ids, pairs, maps, settings.batch_size)
+    if settings.noisy_copies:
+        instability = noise_instability(
+            predict, pixels, ids, settings, pairs[:, :1], maps, settings.noisy_copies, settings.noise, settings.seed
+        )[:, 0]  # fmt: skip
+    return rows_from(explained, labels, sensitivity, instability)

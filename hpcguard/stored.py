@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from hpcguard.cluster.plan import read_plan
 from hpcguard.config import Config, load_config
@@ -67,6 +68,15 @@ class Stored:
     def _size(self) -> tuple[int, int]:
         height, width = self.reader.shapes["segments"][1:]
         return height, width
+
+    def record(self) -> dict[str, Any]:
+        """The manifest of a run's store, which has its statistics; nothing for other files, or if it is damaged."""
+        if self.folder is None or self.path.resolve() != self.folder.store.resolve():
+            return {}
+        try:
+            return read_store_manifest(self.folder.store_manifest)
+        except InputError:
+            return {}
 
     def digest_problem(self) -> tuple[str | None, str]:
         """(what is wrong or None, what was compared): the digests of the file, and of the files under a store."""

@@ -15,6 +15,8 @@ def make_rows(
         name: np.where(present, generator.normal(size=(len(ids), labels, segments)), np.nan).astype("f4")
         for name in ("coefficients", "standard_error", "interval")
     }
+    for name in ("sensitivity", "instability"):
+        padded[name] = np.where(present[:, 0], generator.random((len(ids), segments)), np.nan).astype("f4")
     flat = {name: generator.random((len(ids), labels), "f4") for name in ("probability", "intercept", "score")}
     return {
         "image_id": ids.astype("i8"), "label": (ids % 10).astype("i4"), "predicted": (ids % 7).astype("i4"),

@@ -103,7 +103,10 @@ def test_statistics_are_those_of_all_rows(run: RunFolder) -> None:
     recorded = join(run)
     rows = open_rows(run.store)
     assert (recorded["images"], recorded["quarantined"]) == (89, [67])
-    flagged = {rule: flag_segments(rows, SpuriousConfig(rule=rule), 3) for rule in ("misleading", "weight", "random")}
+    names = ("weight", "sensitivity", "instability", "irrelevant", "misleading")
+    flagged = {name: flag_segments(rows, SpuriousConfig(criteria=[name], share=1), 3) for name in names}
+    assert 0 < flagged["irrelevant"].sum() < flagged["misleading"].sum()
+    assert recorded["spurious"]["z"] == 1 and recorded["spurious"]["weight"]["quantile"] == 0.8
     for label, own in [(None, np.ones(89, bool)), *((k, rows["label"] == k) for k in range(10))]:
         means = recorded["statistics"] if label is None else recorded["classes"][CLASSES[label]]
         magnitude = np.abs(rows["coefficients"][own, 0].astype(float))
@@ -112,9 +115,9 @@ def test_statistics_are_those_of_all_rows(run: RunFolder) -> None:
         assert means["score"] == pytest.approx(rows["score"][own, 0].mean())
         assert means["segments"] == pytest.approx(rows["num_segments"][own].mean())
         assert means["samples"] == 64
-        for rule, mask in flagged.items():
+        for name, mask in flagged.items():
             shares = mask[own].sum(1) / rows["num_segments"][own]
-            assert means[f"flagged_{rule}"] == pytest.approx(shares.mean()), rule
+            assert means[f"flagged_{name}"] == pytest.approx(shares.mean()), name
 
 
 def test_packed_files_hold_the_same_rows_and_the_shards_stay(run: RunFolder) -> None:

@@ -96,11 +96,30 @@ def test_an_explanation_in_numbers(attributed: Path, rows: Rows, capsys: pytest.
         assert each["target"] == rows["target"][place, k]
         assert np.array_equal(np.float32(each["coefficients"]), rows["coefficients"][place, k, :count])
         assert np.array_equal(np.float32(each["standard_error"]), rows["standard_error"][place, k, :count])
+    assert np.array_equal(np.float32(found["sensitivity"]), rows["sensitivity"][place, :count])
+    assert found["instability"] is None  # noisy_copies is 0
     lines = said(capsys, "inspect", attributed, "--image", image).splitlines()
     first = next(line for line in lines[1:] if line[:1].isdigit()).split()
     largest = np.nanargmax(np.abs(rows["coefficients"][place, 0]))
     assert int(first[0]) == largest
     assert float(first[2]) == pytest.approx(rows["coefficients"][place, 0, largest], abs=6e-5)
+
+
+def test_what_each_criterion_flags_a_class(attributed: Path, rows: Rows, capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(said(capsys, "inspect", attributed, "--json"))["spurious"]
+    assert found["thresholds"]["sensitivity"] == {"above": None, "quantile": 0.8}
+    assert sorted(found["all"]) == ["irrelevant", "misleading", "sensitivity", "weight"]  # instability is not there
+    own = rows["label"] == 3
+    counts, values = rows["num_segments"][own], rows["sensitivity"][own].astype(float)
+    bounds = [np.quantile(row[:count], 0.8) for row, count in zip(values, counts, strict=True)]
+    shares = (values > np.array(bounds)[:, None]).sum(1) / counts
+    assert found["classes"]["3"]["sensitivity"] == pytest.approx(shares.mean())
+    assert len(found["classes"]) == 10
+    text = said(capsys, "inspect", attributed)
+    title = text.index("share of segments that each criterion")
+    assert f"{shares.mean():.3f}" in text[title:]
+    lone = said(capsys, "inspect", attributed / "shards/00001.h5")  # which has no statistics beside it
+    assert "each criterion" not in lone
 
 
 def test_the_picture_shows_the_image_that_was_asked_for(

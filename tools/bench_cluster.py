@@ -199,6 +199,8 @@ def stored_rows(ids: np.ndarray) -> dict[str, np.ndarray]:
         "coefficients": values(SEGMENTS),
         "standard_error": abs(values(SEGMENTS)),
         "interval": abs(values(SEGMENTS)),
+        "sensitivity": abs(values(SEGMENTS)[:, 0]),
+        "instability": np.full((count, SEGMENTS), np.nan, np.float32),
         "intercept": values(),
         "score": values(),
         "effective_samples": random.uniform(100, 256, count),

@@ -51,7 +51,7 @@ from hpcguard.refinement.spurious import flag_segments
 from hpcguard.refinement.step import GuidedStep
 from hpcguard.refinement.train import Batches, train
 from hpcguard.runs import RunFolder
-from hpcguard.shards import Explainer, probabilities
+from hpcguard.shards import Explainer, classifier
 from hpcguard.store import AttributionDataset, BlockShuffled, ShardWriter, Unit, build_view, shard_problem
 from hpcguard.store.pack import group_shards, pack_shards
 from hpcguard.store.reading import StoreReader
@@ -86,8 +86,8 @@ def explained(cifar10: Path, weights: Path, count: int) -> tuple[Unit, ...]:
     """The first training images of CIFAR-10, explained as `attribute` does."""
     config = bench_config(cifar10, weights)
     images, device = load_images(config.data, "train"), torch.device("cpu")
-    predict = probabilities(config, images, weights, device)
-    explainer = Explainer(config, images, predict, device, 1, config.attribution.batch_size)
+    model = classifier(config, images, weights, device)
+    explainer = Explainer(config, images, model, device, 1, config.attribution.batch_size)
     unit = config.attribution.unit
     return tuple(explainer.explain([images.ids[k : k + unit] for k in range(0, count, unit)]))
 
@@ -156,6 +156,10 @@ def rows_at_224(units: tuple[Unit, ...], count: int = 32) -> tuple[np.ndarray, d
         pool = np.concatenate([unit.rows[name][np.isfinite(unit.rows[name])] for unit in units])
         drawn = random.choice(pool, (count, 2, counts.max())).astype(np.float32)
         rows[name] = np.where(present, drawn, np.nan)
+    for name in ("sensitivity", "instability"):
+        pool = np.concatenate([unit.rows[name].ravel() for unit in units])
+        drawn = random.choice(pool[np.isfinite(pool)] if np.isfinite(pool).any() else pool, present[:, 0].shape)
+        rows[name] = np.where(present[:, 0], drawn, np.nan).astype(np.float32)
     both = np.concatenate([rows["coefficients"], rows["standard_error"]], 1)
     return np.stack([values[:, own] for values, own in zip(both, segments, strict=True)]), rows
 

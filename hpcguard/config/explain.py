@@ -20,8 +20,9 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
 
 def _keys(detail: ErrorDetails) -> list[str]:
     """Where a validation error lies, without the names that pydantic gives to the members of a union."""
-    members = ("literal[", "float", "int", "constrained-")
-    return [str(part) for part in detail["loc"] if not str(part).startswith(members)]
+    members = ("literal[", "constrained-")
+    parts = [str(part) for part in detail["loc"]]
+    return [part for part in parts if part not in ("float", "int") and not part.startswith(members)]
 
 
 def _explain_one(detail: ErrorDetails, model: type[BaseModel], prefix: str) -> str:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from hpcguard.config.section import Section
+from hpcguard.config.section import Epsilon, Section
 
 SEGMENTATION_OPTIONS: dict[str, dict[str, tuple[float, float]]] = {
     "slic": {"compactness": (1e-9, 1e9), "sigma": (0, 1e3), "max_num_iter": (1, 1e4)},
@@ -48,6 +48,9 @@ class ModelConfig(Section):
     """Channel means for normalisation inside the model; null: 0."""
     std: tuple[Annotated[float, Field(ge=1e-6)], ...] | None = None
     """Channel standard deviations for normalisation inside the model; null: 1."""
+    activation: Literal["relu", "gelu", "softplus", "silu"] | None = None
+    """Put in the place of every torch.nn.ReLU module, weights loaded as before; null: as built. Networks with smooth
+    activations fit a penalty on their input gradients, ReLU networks hardly (arXiv:2409.20139)."""
     options: dict[str, Any] = {}
     """Keyword arguments for the model's constructor."""
 
@@ -91,6 +94,20 @@ class LimeConfig(Section):
     """Consecutive images that are always computed together: what makes results independent of shards and workers."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed; each image's random numbers are keyed by (seed, image id)."""
+    sensitivity: bool = True
+    """Also store how much the logits' margin reacts to each segment's pixels: one backward pass an image, next to
+    nothing beside the perturbed images. Needs a model with gradients."""
+    noisy_copies: int = Field(0, ge=0, le=1000)
+    """Also store the variance of each coefficient over explanations of so many noisy copies of the image, each as dear
+    as the image's own; 0: not computed. arXiv:2601.00968 takes 5."""
+    noise: Epsilon = 10 / 255
+    """Standard deviation of that noise; noisy pixels are clipped to [0, 1]."""
+
+    @model_validator(mode="after")
+    def _a_variance_needs_two(self) -> "LimeConfig":
+        if self.noisy_copies == 1:
+            raise ValueError("noisy_copies = 1: a variance needs at least 2; write 0 to compute none")
+        return self
 
     @model_validator(mode="after")
     def _constant_fill_is_a_pixel(self) -> "LimeConfig":

@@ -13,7 +13,7 @@ def row_statistics(
 ) -> Sums:
     """Sums a true class over store rows, float64 [K] each; the first explained label is the true one.
 
-    flagged: segments that some rules flag, bool [N, S]; their shares of an image's segments are added up.
+    flagged: segments that some criteria flag, bool [N, S]; their shares of an image's segments are added up.
     """
     labels = rows["label"]
     magnitude = np.abs(rows["coefficients"][:, 0].astype(np.float64))

@@ -77,11 +77,13 @@ def noise_instability(
         raise ValueError(f"expected as many ids, targets and segments as images, got {lengths}")
     # Drawn on the host and an image at a time: the noise of an id is the same in any batch and on any device.
     noise = np.stack([_noise(seed, int(image_id), (copies, *batch.shape[1:])) for image_id in ids])
-    noisy = (batch[:, None] + sigma * torch.from_numpy(noise).to(batch.device)).clamp(0, 1)
+    noisy = (batch[:, None] + sigma * torch.from_numpy(noise).to(batch.device)).clamp(0, 1).flatten(0, 1)
+    if not batch.is_contiguous() and batch.is_contiguous(memory_format=torch.channels_last):
+        noisy = noisy.contiguous(memory_format=torch.channels_last)  # the layout that the caller's model is quick with
     # Sampling rows are keyed by the image id, so that copies of an image get the same ones.
     coefficients = explain_batch(
         predict,
-        noisy.flatten(0, 1),
+        noisy,
         np.repeat(ids, copies),
         config,
         targets=np.repeat(targets, copies, axis=0),

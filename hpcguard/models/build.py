@@ -9,6 +9,7 @@ from torch import nn
 
 from hpcguard.config import ModelConfig
 from hpcguard.errors import InputError
+from hpcguard.models.activations import swap_relu
 from hpcguard.models.normalized import Normalized
 from hpcguard.models.resnet_cifar import ResNet20, resnet18
 from hpcguard.models.small_cnn import SmallCNN
@@ -25,11 +26,15 @@ AUXILIARY = ("googlenet", "inception_v3")  # these give a tuple in training unle
 def build_model(config: ModelConfig, num_classes: int, channels: int) -> Normalized:
     """The classifier that `config` names, for [B, `channels`, H, W], weights drawn from torch's generator.
 
-    Raises InputError for an unknown name, options that do not fit, and mean or std of a wrong length.
+    Raises InputError for an unknown name, options that do not fit, mean or std of a wrong length, and an activation to
+    be swapped where there is none.
     """
     mean = _per_channel("mean", config.mean, 0.0, channels)
     std = _per_channel("std", config.std, 1.0, channels)
-    return Normalized(_build_net(config, num_classes, channels), mean, std)
+    net = _build_net(config, num_classes, channels)
+    if config.activation is not None:
+        swap_relu(net, config.activation, config.name)
+    return Normalized(net, mean, std)
 
 
 def _build_net(config: ModelConfig, num_classes: int, channels: int) -> nn.Module:

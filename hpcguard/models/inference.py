@@ -79,3 +79,16 @@ def check_answers(model: Normalized, image: Tensor, num_classes: int) -> None:
         raise InputError(
             f"model: gives NaN or infinite logits for an image of {size}; check model.weights and model.std"
         )
+
+
+def check_gradient(model: Normalized, image: Tensor) -> None:
+    """Raises InputError unless the logits depend differentiably on the image [1, C, H, W]."""
+    x = image.clone().requires_grad_()
+    try:
+        with torch.enable_grad():
+            torch.autograd.grad(model(x)[0, 0], x)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"attribution.sensitivity = true: the model has no gradient ({reason}); set attribution.sensitivity=false"
+        ) from error

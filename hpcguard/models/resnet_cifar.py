@@ -14,6 +14,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU()
         self.stride = stride
         self.padding = (outputs - inputs) // 2
 
@@ -24,8 +25,8 @@ class BasicBlock(nn.Module):
         return functional.pad(images[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        hidden = functional.relu(self.bn1(self.conv1(images)))
-        return functional.relu(self.bn2(self.conv2(hidden)) + self.shortcut(images))
+        hidden = self.relu(self.bn1(self.conv1(images)))
+        return self.relu(self.bn2(self.conv2(hidden)) + self.shortcut(images))
 
 
 class ResNet20(nn.Module):
@@ -35,6 +36,7 @@ class ResNet20(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU()
         self.layer1 = _stage(16, 16, stride=1)
         self.layer2 = _stage(16, 32, stride=2)
         self.layer3 = _stage(32, 64, stride=2)
@@ -44,7 +46,7 @@ class ResNet20(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        hidden = functional.relu(self.bn1(self.conv1(images)))
+        hidden = self.relu(self.bn1(self.conv1(images)))
         hidden = self.layer3(self.layer2(self.layer1(hidden)))
         return self.linear(hidden.mean((2, 3)))
 

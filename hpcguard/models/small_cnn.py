@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from hpcguard.errors import InputError
+from hpcguard.models.activations import ACTIVATIONS
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 NORMS = ("group", "none")
 
 

@@ -6,7 +6,8 @@ from torch import Tensor
 
 def flagged_pixels(flagged: Tensor, segments: Tensor) -> Tensor:
     """Pixels of flagged segments: bool [B, S] and integer [B, H, W] to bool [B, 1, H, W]. -1 is outside the image."""
-    found = flagged.gather(1, segments.flatten(1).long().clamp_min(0)).reshape(segments.shape)
+    segments = segments.long()  # torch compares no uint16
+    found = flagged.gather(1, segments.flatten(1).clamp_min(0)).reshape(segments.shape)
     return (found & (segments >= 0)).unsqueeze(1)
 
 

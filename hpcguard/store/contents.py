@@ -1,6 +1,6 @@
 """What a store holds, in numbers; and whether its rows can be right."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import h5py
@@ -13,8 +13,8 @@ from hpcguard.store.schema import COLUMN, rows_problem
 NUMBERS = ("label", "predicted", "num_segments", "coefficients", "standard_error", "score", "num_samples")
 
 
-def describe(reader: StoreReader) -> dict[str, Any]:
-    """Numbers of a whole store, read block by block."""
+def describe(reader: StoreReader, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers of a whole store, read block by block; from record, its manifest or {}, what criteria flag."""
     files = reader.files()
     size = sum(path.stat().st_size for path in {*files, reader.store})
     height, width = reader.shapes["segments"][1:]
@@ -27,7 +27,18 @@ def describe(reader: StoreReader) -> dict[str, Any]:
         ids, counts, samples = (reader.column(name) for name in ("image_id", "num_segments", "num_samples"))
         about |= {"image_id": _range(ids), "segments": _range(counts), "samples": _range(samples)}
         about |= _statistics(reader)
-    return {**about, "columns": _columns(reader)}
+    return {**about, **_flagged(record), "columns": _columns(reader)}
+
+
+def _flagged(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Share of segments that each criterion flags by itself, in all images and in those of each class."""
+
+    def shares(means: Mapping[str, float]) -> dict[str, float]:
+        return {key.removeprefix("flagged_"): value for key, value in means.items() if key.startswith("flagged_")}
+
+    overall = shares(record.get("statistics", {}))
+    classes = {name: shares(means) for name, means in record.get("classes", {}).items()}
+    return {"spurious": {"thresholds": record["spurious"], "all": overall, "classes": classes}} if overall else {}
 
 
 def _range(values: np.ndarray) -> dict[str, float]:

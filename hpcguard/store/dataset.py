@@ -16,7 +16,22 @@ from hpcguard.store.reading import StoreReader
 
 DECODED = ("segments", "coefficients")  # the columns that batches may hold
 FLAGGING = ("image_id", "num_segments", "label", "target", "coefficients", "standard_error")
+SELDOM = ("interval", "sensitivity", "instability", "segments")  # what only some criteria need, read where asked for
 HELD_BYTES = 2**30  # a store whose decoded columns take at most so much is held in memory unless one says otherwise
+
+
+class StoredColumn:
+    """A column of some rows that is read, slice by slice, when it is asked for."""
+
+    def __init__(self, reader: StoreReader, name: str, positions: np.ndarray) -> None:
+        self.reader, self.name, self.positions = reader, name, positions
+        self.shape = (len(positions), *reader.shapes[name][1:])
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        return self.reader.rows(self.name, self.positions[part])
 
 
 class AttributionDataset(Dataset[dict[str, Tensor]]):
@@ -55,9 +70,12 @@ class AttributionDataset(Dataset[dict[str, Tensor]]):
         return {name: value for name, value in self.__dict__.items() if name != "rows"} | {"_held": None}
 
     @cached_property
-    def rows(self) -> dict[str, np.ndarray]:
-        """The columns that flagging is made from, [N, ...] each, read when first asked for."""
-        return {name: self.reader.rows(name, self.positions) for name in FLAGGING}
+    def rows(self) -> dict[str, Any]:
+        """The columns that flagging is made from, [N, ...] each, read when first asked for; SELDOM as StoredColumn."""
+        held: dict[str, Any] = {name: self.reader.rows(name, self.positions) for name in FLAGGING}
+        return held | {
+            name: StoredColumn(self.reader, name, self.positions) for name in SELDOM if name in self.reader.shapes
+        }
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return self.__getitems__([index])[0]

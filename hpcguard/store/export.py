@@ -23,6 +23,10 @@ MEANING = {
     "coefficients": "LIME's weight of each superpixel for the explained class; NaN past num_segments",
     "standard_error": "standard error of each coefficient; NaN past num_segments",
     "interval": "half the width of each coefficient's 95% interval; NaN past num_segments",
+    "sensitivity": "mean |d margin / d x| over a superpixel's pixels and channels, x in [0, 1]; margin: logit of the "
+    "first explained class less the second's; NaN past num_segments, everywhere if not computed",
+    "instability": "variance of the first explained class's coefficient between noisy copies of the image; NaN past "
+    "num_segments, everywhere if not computed",
     "intercept": "intercept of the linear surrogate",
     "score": "weighted R^2 of the linear surrogate",
     "effective_samples": "(sum of weights)^2 / sum of squared weights",

@@ -9,7 +9,7 @@ import numpy as np
 
 from hpcguard.attribution import Attribution
 
-SCHEMA_VERSION = 2  # 2: interval and effective_samples
+SCHEMA_VERSION = 2  # 2: interval, effective_samples, sensitivity and instability
 SHARD_CHUNK = 32 << 10  # bytes of a chunk of a shard: random rows want small ones
 PACKED_CHUNK = 256 << 10  # of a packed file, which is read in blocks: compression and block reads want large ones
 MOST_CHUNK_ROWS = 4096
@@ -36,12 +36,15 @@ COLUMNS = (
     Column("coefficients", "f4", "NLS", np.nan),
     Column("standard_error", "f4", "NLS", np.nan),
     Column("interval", "f4", "NLS", np.nan),  # half the width of the 95% interval
+    Column("sensitivity", "f4", "NS", np.nan),  # mean |d margin / d pixel|
+    Column("instability", "f4", "NS", np.nan),  # variance of the first label's coefficient under noise
     Column("intercept", "f4", "NL", np.nan),
     Column("score", "f4", "NL", np.nan),
     Column("effective_samples", "f4", "N", np.nan),
     Column("num_samples", "u4", "N"),
 )
 COLUMN = {column.name: column for column in COLUMNS}
+OPTIONAL = ("sensitivity", "instability")  # NaN in every row where they were not computed
 
 
 def attributes(fingerprint: str, identity: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -69,10 +72,22 @@ def chunk_rows(shape: Sequence[int], dtype: np.dtype, target: int) -> int:
     return min(1 << max(0, (target // row).bit_length() - 1), MOST_CHUNK_ROWS, max(1, shape[0]))
 
 
-def rows_from(explained: Attribution, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """The schema's columns from explanations and the true labels [B]."""
-    renamed = {"image_id": explained.image_ids, "label": labels, "target": explained.targets}
-    return {name: renamed[name] if name in renamed else getattr(explained, name) for name in COLUMN}
+def rows_from(
+    explained: Attribution,
+    labels: np.ndarray,
+    sensitivity: np.ndarray | None = None,
+    instability: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    """The schema's columns from explanations, the true labels [B], and what else was computed, [B, S] each."""
+    absent = np.full(explained.coefficients[:, 0].shape, np.nan)
+    own = {
+        "image_id": explained.image_ids,
+        "label": labels,
+        "target": explained.targets,
+        "sensitivity": absent if sensitivity is None else sensitivity,
+        "instability": absent if instability is None else instability,
+    }
+    return {name: own[name] if name in own else getattr(explained, name) for name in COLUMN}
 
 
 def rows_problem(rows: dict[str, np.ndarray]) -> str | None:
@@ -95,7 +110,9 @@ def rows_problem(rows: dict[str, np.ndarray]) -> str | None:
     present = np.arange(sizes["S"]) < counts[:, None]
     for name in (column.name for column in COLUMNS if column.dtype == "f4"):
         finite = np.isfinite(rows[name])
-        if not (finite if column_is_flat(name) else finite | ~present[:, None]).all():
+        if not column_is_flat(name):
+            finite |= ~(present if COLUMN[name].axes == "NS" else present[:, None])
+        if not finite.all() and not (name in OPTIONAL and np.isnan(rows[name]).all()):
             return f"{name} holds NaN or infinite values"
     return None
 

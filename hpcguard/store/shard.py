@@ -151,7 +151,7 @@ def _join(units: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         parts = [np.asarray(unit[column.name]).astype(column.dtype) for unit in units]
         if "S" in column.axes:
             parts = [
-                np.pad(part, ((0, 0), (0, 0), (0, widest - part.shape[2])), constant_values=column.fill)
+                np.pad(part, [*[(0, 0)] * (part.ndim - 1), (0, widest - part.shape[-1])], constant_values=column.fill)
                 for part in parts
             ]
         joined[column.name] = np.concatenate(parts)

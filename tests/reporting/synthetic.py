@@ -81,6 +81,8 @@ def explanations(ids: np.ndarray, labels: np.ndarray, size: int = 16) -> dict[st
         "segments": segments, "num_segments": np.full(len(ids), 2, np.uint16), "target": target,
         "probability": np.tile(np.array([0.25, 0.625], np.float32), (len(ids), 1)),
         "coefficients": coefficients, "standard_error": coefficients * 0.1, "interval": np.abs(coefficients) * 0.2,
+        "sensitivity": np.full((len(ids), 3), np.nan, np.float32),
+        "instability": np.full((len(ids), 3), np.nan, np.float32),
         "intercept": np.zeros((len(ids), 2), np.float32), "score": np.ones((len(ids), 2), np.float32),
         "effective_samples": np.full(len(ids), 9, np.float32), "num_samples": np.full(len(ids), 16, np.uint32),
     }  # fmt: skip

@@ -34,8 +34,9 @@ def make_rows(ids: np.ndarray, segments: int) -> dict[str, np.ndarray]:
     count = random.integers(2, segments + 1, len(ids))
     past = np.arange(segments) >= count[:, None]
     for name, column in COLUMN.items():
-        if column.axes == "NLS":
-            rows[name][np.broadcast_to(past[:, None], rows[name].shape)] = np.nan
+        if column.axes in ("NLS", "NS"):
+            hidden = past[:, None] if column.axes == "NLS" else past
+            rows[name][np.broadcast_to(hidden, rows[name].shape)] = np.nan
         elif column.dtype[0] in "iu":
             rows[name] = random.integers(0, 10, rows[name].shape)
     maps = random.integers(0, count[:, None, None], (len(ids), 6, 5))
@@ -133,6 +134,10 @@ def test_batches_hold_the_rows_of_their_images(
     assert torch.equal(dataset[40]["segments"], batch["segments"][2])
     assert np.array_equal(dataset[-1]["image_id"], ids[::3][-1])
     assert np.array_equal(dataset.rows["standard_error"], plain["standard_error"][::3], equal_nan=True)
+    for name in ("interval", "sensitivity", "instability", "segments"):  # read where asked for
+        column = dataset.rows[name]
+        assert column.shape == plain[name][::3].shape and len(column) == len(dataset)
+        assert np.array_equal(column[3:20], plain[name][::3][3:20], equal_nan=name != "segments")
     assert set(AttributionDataset(store, own, [], memory).batch(chosen)) == set(batch) - {"segments", "coefficients"}
 
 
@@ -152,7 +157,7 @@ def test_more_than_256_segments_are_sixteen_bits(tmp_path: Path, images: ImageSe
     rows = make_rows(ids, 300)
     rows["num_segments"][0], rows["segments"][0, 0, 0] = 300, 299
     for name, column in COLUMN.items():
-        if column.axes == "NLS":
+        if column.axes in ("NLS", "NS"):
             rows[name][0] = 1.0
     ShardWriter(tmp_path / "0.h5", tmp_path / "0.json", "print").publish(ids, [Unit(rows, 1.0)])
     dataset = AttributionDataset(tmp_path / "0.h5", images.subset(ids))

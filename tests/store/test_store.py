@@ -29,6 +29,7 @@ def make_rows(ids: np.ndarray, segments: int, seed: int = 0) -> dict[str, np.nda
         "image_id": ids, "label": ids % 10, "predicted": ids % 7, "segments": maps, "num_segments": count,
         "target": np.stack([ids % 10, (ids + 1) % 10], 1), "coefficients": coefficients,
         "standard_error": np.abs(coefficients), "interval": 2 * np.abs(coefficients),
+        "sensitivity": np.abs(coefficients[:, 0]), "instability": np.full((len(ids), segments), np.nan),
         "effective_samples": generator.uniform(1, 64, len(ids)), "num_samples": np.full(len(ids), 64), **flat,
     }  # fmt: skip
 
@@ -99,7 +100,8 @@ def test_a_wrong_or_torn_shard_says_why(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("column", "value", "reason"),
     [("coefficients", np.nan, "NaN"), ("probability", np.inf, "NaN or infinite"), ("num_segments", 0, "outside"),
-     ("segments", 5, "labels past")],
+     ("segments", 5, "labels past"), ("sensitivity", np.nan, "sensitivity holds NaN"),
+     ("instability", 0.5, "instability holds NaN")],
 )  # fmt: skip
 def test_impossible_rows_are_never_published(tmp_path: Path, column: str, value: float, reason: str) -> None:
     ids = np.arange(4)
@@ -109,6 +111,19 @@ def test_impossible_rows_are_never_published(tmp_path: Path, column: str, value:
     with pytest.raises(RuntimeError, match=reason):
         writer.publish(ids, [Unit(rows, 1.5)])
     assert not list(tmp_path.iterdir())
+
+
+def test_what_was_not_computed_is_nan_everywhere_and_what_was_is_padded(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path / "0.h5", tmp_path / "0.json", "print")
+    units = [make_rows(np.arange(3), 4), make_rows(np.arange(3, 5), 6)]
+    writer.publish(np.arange(5), [Unit(unit, 1.5) for unit in units])
+    assert shard_problem(tmp_path / "0.h5", tmp_path / "0.json", np.arange(5), "print") is None
+    rows = open_rows(tmp_path / "0.h5")
+    assert rows["sensitivity"].shape == rows["instability"].shape == (5, 6)
+    assert np.isnan(rows["instability"]).all()
+    assert np.isnan(rows["sensitivity"][:3, 4:]).all()
+    assert np.array_equal(rows["sensitivity"][:3, :4], units[0]["sensitivity"].astype("f4"), equal_nan=True)
+    assert np.array_equal(rows["sensitivity"][3:], units[1]["sensitivity"].astype("f4"), equal_nan=True)
 
 
 def test_labels_that_do_not_fit_eight_bits_are_not_published(tmp_path: Path) -> None:
