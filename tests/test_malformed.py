@@ -291,6 +291,8 @@ CASES: list[tuple[str, str, Callable[[Case], object], list[str]]] = [
     ("unknown arm", "refine", lambda c: arm(c, "trades"), ["'trades'", "guided"]),
     ("too large a batch", "refine", lambda c: c.set("refinement.batch_size=1000"), ["batch_size = 1000", "120"]),
     ("all masks empty", "refine", lambda c: c.set("refinement.spurious.z=1000"), ["empty masks", "z (1000"]),
+    ("a criterion not computed", "refine", lambda c: c.set("refinement.spurious.criteria=[instability]"),
+     ["noisy_copies=5"]),
     ("no loss left", "refine", lambda c: c.set("refinement.adversarial_weight=0", "refinement.masking.weight=0"),
      ["no loss is left"]),
     ("DeepSpeed file missing", "refine", lambda c: deepspeed(c, None), ["ds.json: not there", "refinement.deepspeed"]),
