@@ -203,7 +203,7 @@ def _say_cost(config: Config, images: ImageSet, plan: Plan, left: int) -> None:
     if on_slurm:
         workers = min(config.cluster.workers_of_a_task * asked.tasks_at_once, plan.num_shards)
     alone, together = duration(seconds * left, 1), duration(seconds * left / workers, 1)
-    rows = left * config.attribution.most_samples
+    rows = left * config.attribution.most_samples * (1 + config.attribution.noisy_copies)
     say(f"cost         {rows:,} model rows, {alone} with one worker, {together} with {workers}")
     if on_slurm:
         what = "GPU-hours" if asked.attribute.gpus_per_node else "worker-hours"

@@ -87,6 +87,10 @@ def test_a_run_folder_is_a_configuration_and_stands_where_it_lies(tmp_path: Path
 def test_every_key_is_explained() -> None:
     unexplained = [key for key, _, meaning in describe_keys(Config) if not meaning]
     assert not unexplained
+    defaults = {key: default for key, default, _ in describe_keys(Config)}
+    assert defaults["refinement.attack.eps"] == "8/255"
+    assert defaults["refinement.spurious.share"] == "0.2"  # and not 51/255
+    assert defaults["refinement.spurious.criteria"] == "[misleading]"
 
 
 def test_a_dumped_configuration_loads_to_itself(source: Path) -> None:

@@ -64,7 +64,9 @@ def _short(value: object) -> str:
 
 
 def _show_default(value: Any) -> str:
-    if isinstance(value, float) and 0 < value < 1 and (255 * value).is_integer():
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(str, value))}]"
+    if isinstance(value, float) and 0 < value < 1 and (255 * value).is_integer() and len(str(value)) > len("0.25"):
         return f"{255 * value:.0f}/255"
     return "null" if value is None else str(value)
 
