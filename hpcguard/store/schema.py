@@ -23,6 +23,7 @@ class Column:
     dtype: str
     axes: str  # of N, L, S, H, W
     fill: float = 0  # value past an image's last segment, and of a row that no shard provides
+    bits: int = 23  # of the mantissa that are kept, where more would be noise that no filter compresses
 
 
 COLUMNS = (
@@ -35,9 +36,9 @@ COLUMNS = (
     Column("probability", "f4", "NL", np.nan),
     Column("coefficients", "f4", "NLS", np.nan),
     Column("standard_error", "f4", "NLS", np.nan),
-    Column("interval", "f4", "NLS", np.nan),  # half the width of the 95% interval
-    Column("sensitivity", "f4", "NS", np.nan),  # mean |d margin / d pixel|
-    Column("instability", "f4", "NS", np.nan),  # variance of the first label's coefficient under noise
+    Column("interval", "f4", "NLS", np.nan, 11),  # half the width of the 95% interval
+    Column("sensitivity", "f4", "NS", np.nan, 11),  # mean |d margin / d pixel|
+    Column("instability", "f4", "NS", np.nan, 11),  # variance of the first label's coefficient under noise
     Column("intercept", "f4", "NL", np.nan),
     Column("score", "f4", "NL", np.nan),
     Column("effective_samples", "f4", "N", np.nan),
@@ -87,7 +88,18 @@ def rows_from(
         "sensitivity": absent if sensitivity is None else sensitivity,
         "instability": absent if instability is None else instability,
     }
-    return {name: own[name] if name in own else getattr(explained, name) for name in COLUMN}
+    found = {name: own[name] if name in own else getattr(explained, name) for name in COLUMN}
+    return {name: _rounded(values, COLUMN[name].bits) for name, values in found.items()}
+
+
+def _rounded(values: np.ndarray, bits: int) -> np.ndarray:
+    """float32 of so many bits of mantissa, nearest; NaN and infinity as they are."""
+    if bits == 23:
+        return values
+    whole = np.ascontiguousarray(values, np.float32)
+    spare = 23 - bits
+    kept = ((whole.view(np.uint32) + np.uint32(1 << (spare - 1))) >> np.uint32(spare)) << np.uint32(spare)
+    return np.where(np.isfinite(whole), kept.view(np.float32), whole)
 
 
 def rows_problem(rows: dict[str, np.ndarray]) -> str | None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -13,7 +14,7 @@ from hpcguard.data import load_images
 from hpcguard.errors import InputError
 from hpcguard.runs import digest_file, read_json, read_sealed, write_sealed
 from hpcguard.store import AttributionDataset, ShardWriter, Unit, build_view, open_rows, shard_problem, view_problem
-from hpcguard.store.schema import COLUMN
+from hpcguard.store.schema import COLUMN, rows_from
 
 
 def make_rows(ids: np.ndarray, segments: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -200,3 +201,20 @@ def test_manifests_describe_the_file(tmp_path: Path) -> None:
     assert recorded["sha256"] == digest_file(path)
     assert recorded["rows"] == 10
     assert recorded["columns"]["coefficients"] == ["<f4", [10, 2, 5]]
+
+
+def test_estimates_of_spread_keep_twelve_bits() -> None:
+    """And what is written as coefficients and errors is exact."""
+    values = np.array([[[1.0, 1 / 3, 1e-20, 7e9, np.nan, 0.0]]], np.float32)
+    explained = SimpleNamespace(
+        **{name: np.zeros(1) for name in COLUMN}, image_ids=np.zeros(1), targets=np.zeros((1, 1))
+    )
+    explained.coefficients = explained.standard_error = explained.interval = values
+    rows = rows_from(explained, np.zeros(1), sensitivity=values[:, 0], instability=None)  # type: ignore[arg-type]
+    assert rows["coefficients"] is values and rows["standard_error"] is values
+    for kept in (rows["interval"][0, 0], rows["sensitivity"][0]):
+        assert kept[[0, 4, 5]].tolist() == pytest.approx([1.0, np.nan, 0.0], nan_ok=True, abs=0)
+        assert kept[1:4] == pytest.approx(values[0, 0, 1:4], rel=2.0**-12)
+        assert kept[1] != values[0, 0, 1]
+        assert not (np.ascontiguousarray(kept).view(np.uint32) & 0xFFF).any()
+    assert np.isnan(rows["instability"]).all()
