@@ -169,7 +169,7 @@ def test_the_chain_ends_in_results_and_a_report(finished: Path) -> None:
         assert weights.keys() == start.keys()
         assert any(not np.array_equal(weights[key], start[key]) for key in start)
         assert sorted(path.name for path in (finished / f"checkpoints/{arm}").iterdir()) == [
-            ".lock", "log.jsonl", "model.safetensors", "training.json",
+            ".lock", "best.safetensors", "events", "log.jsonl", "model.safetensors", "steps.jsonl", "training.json",
         ]  # fmt: skip
     assert training["spurious"]["flagged"] > 0
     for arm in ("baseline", "pgd", "guided"):
@@ -237,8 +237,7 @@ def test_a_killed_refinement_continues_to_the_same_weights(tmp_path: Path, attri
     assert run_stage("refine", [str(runs[0]), *changes]) == 0
     refine = command("refine", str(runs[1]), *changes)
     process = subprocess.Popen(refine, stdout=subprocess.DEVNULL, start_new_session=True)
-    pointer = runs[1] / "checkpoints/guided/resume.json"
-    while process.poll() is None and not pointer.exists():
+    while process.poll() is None and not list(runs[1].glob("checkpoints/guided/state-*")):
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)  # the stage and its ranks, in the middle of the second epoch
     process.wait()
