@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from hpcguard.cluster.ranks import Place
-from hpcguard.cluster.slurm import requeue_self
+from hpcguard.cluster.slurm import own_job, requeue_self
 from hpcguard.cluster.told import END, TIME_IS_UP, told_by
 from hpcguard.config import Config, TrainingConfig
 from hpcguard.data import ImageSet, load_images
@@ -31,12 +31,11 @@ from hpcguard.refinement.log import TrainingLog
 from hpcguard.refinement.schedule import total_steps
 from hpcguard.refinement.spurious import check_flagged, flag_segments
 from hpcguard.refinement.step import GuidedStep
-from hpcguard.refinement.train import Batches, Validation, Watch, train
+from hpcguard.refinement.train import REQUEUE, SAVE, STOP, Batches, Validation, Watch, train
 from hpcguard.runs import RunFolder, digest_file, digest_json, exclusive, publish, write_json
 from hpcguard.store import AttributionDataset
 
 STOPPED = 75  # exit status, sysexits' EX_TEMPFAIL: saved, the same command goes on
-TOLD_END, TOLD_TIME = 1, 2  # reasons to stop, the stronger is the larger
 LINGER_S = 60.0  # after asking to be requeued: Slurm ends us meanwhile
 
 
@@ -63,7 +62,12 @@ def train_arm(task: ArmTask) -> int:
         with told_by(END, TIME_IS_UP) as told:
 
             def asked() -> int:
-                return TOLD_TIME if TIME_IS_UP in told else TOLD_END if END in told else 0
+                if TIME_IS_UP in told:
+                    return REQUEUE
+                if END in told and own_job():
+                    told.discard(END)  # pre-emption: Slurm requeues what it kills, not what ends of itself
+                    return SAVE
+                return STOP if END in told else 0
 
             engine, begun, done, stopped = _train(task, asked)
             engine.barrier()
@@ -75,7 +79,7 @@ def _after_stop(task: ArmTask, reason: int, step: int, new_steps: int) -> int:
 
     def end() -> None:
         say(f"refine: {task.arm} was told to stop and is saved after step {step}; the same command goes on from there")
-        if reason != TOLD_TIME:
+        if reason != REQUEUE:
             return
         if new_steps < 2:  # the stop itself costs one
             say("refine: not requeued, for it came no further than this: raise the job's time limit")

@@ -29,6 +29,7 @@ from hpcguard.refinement.schedule import learning_rate, steps_per_epoch, total_s
 from hpcguard.refinement.step import GuidedStep
 from hpcguard.runs import write_json
 
+SAVE, STOP, REQUEUE = 1, 2, 3  # what a training may be asked for between steps, the stronger is the larger
 TERMS = ("loss", *GuidedStep.TERMS, "mask_share")  # what a step is described by, in the order of its figures
 
 
@@ -54,14 +55,14 @@ class Validation:
 
 @dataclass
 class Watch:
-    """What the loop tells and asks: on_step(entry) and on_epoch(log) after each on every rank, asked() for a reason to
-    stop (0: none), and where to write down a batch whose loss is not finite."""
+    """What the loop tells and asks: on_step(entry) and on_epoch(log) after each on every rank, asked() for SAVE, STOP,
+    REQUEUE or 0, and where to write down a batch whose loss is not finite."""
 
     on_step: Callable[[dict[str, Any]], None] = lambda entry: None
     on_epoch: Callable[[list[dict[str, Any]]], None] = lambda log: None
     asked: Callable[[], int] = lambda: 0
     not_finite: Path | None = None
-    stopped: int = field(default=0, init=False)  # the reason why all ranks have stopped before the end
+    stopped: int = field(default=0, init=False)  # STOP or REQUEUE: all ranks have stopped before the end
 
 
 def train(
@@ -84,7 +85,7 @@ def train(
         average_buffers(engine)
         if average is not None:
             move_average(average, engine.module.model, step, config.averaging)
-        figures, due, watch.stopped = _exchange(engine, own, due, watch.asked())
+        figures, due, asked = _exchange(engine, own, due, watch.asked())
         if not np.isfinite(figures).all():
             _stop_at(step, epoch, batches.ids[chosen], figures, rate, watch.not_finite if engine.rank == 0 else None)
         means = figures.mean(0)
@@ -98,13 +99,13 @@ def train(
             entry |= {"learning_rate": rate, "seconds": round(time.monotonic() - started, 2), "time": time.time()}
             done.log, done.sums, started = [*done.log, entry], [], time.monotonic()
             watch.on_epoch(done.log)
-        if ended or due or watch.stopped:
+        if ended or due or asked:
             done.seconds = 0.0 if ended else time.monotonic() - started
             save_checkpoint(engine, average, place, done)
             last_save = time.monotonic()
-        if watch.stopped and done.step < total:
+        if asked >= STOP and done.step < total:
+            watch.stopped = asked
             return
-    watch.stopped = 0
 
 
 def _train_step(
@@ -163,7 +164,7 @@ def _among(own: Tensor, where: slice, chosen: np.ndarray) -> Tensor:
 
 def _exchange(engine: Engine, own: Tensor, due: bool, asked: int) -> tuple[np.ndarray, bool, int]:
     """All ranks' figures [R, len(TERMS)], whether rank 0's clock says that a checkpoint is due, and the strongest
-    reason to stop of any rank."""
+    of what any rank was asked for."""
     table = torch.zeros(engine.world_size, len(TERMS) + 2, dtype=torch.float64, device=engine.device)
     table[engine.rank] = torch.cat([own, own.new_tensor([due, asked])])
     rows = engine.sum_over_ranks(table).cpu().numpy()

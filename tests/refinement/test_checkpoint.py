@@ -24,7 +24,7 @@ from hpcguard.errors import InputError
 from hpcguard.refinement.averaging import start_average
 from hpcguard.refinement.checkpoint import Checkpoints, Progress, load_checkpoint, save_checkpoint
 from hpcguard.refinement.engine import TorchEngine
-from hpcguard.refinement.train import Batches, Watch, train
+from hpcguard.refinement.train import SAVE, STOP, Batches, Watch, train
 
 SETTINGS = {
     "engine": "torch", "batch_size": 16, "masking": {"weight": 0}, "sensitivity": {"weight": 0}, "averaging": 0.9,
@@ -48,7 +48,7 @@ def start(place: Checkpoints, **changes: Any) -> tuple[TorchEngine, torch.nn.Mod
 def go(place: Checkpoints, asked: int | None = None, **changes: Any) -> tuple[dict[str, torch.Tensor], Progress]:
     """Train to the end, or until so many steps are done; weights and average, and how far it came."""
     engine, average, config, done = start(place, **changes)
-    watch = Watch(asked=lambda: int(asked is not None and done.step + 1 >= asked))
+    watch = Watch(asked=lambda: STOP if asked is not None and done.step + 1 >= asked else 0)
     train(engine, average, Batches(read, np.arange(100, 140)), None, config, place, done, watch)
     weights = {f"average.{name}": values for name, values in average.state_dict().items()}
     return engine.state() | weights, done
@@ -67,6 +67,16 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(tmp_path: Path) -> None:
             assert all(torch.equal(resumed[name], whole[name]) for name in whole)
             assert [entry["loss"] for entry in again.log] == [entry["loss"] for entry in done.log]
             assert [entry["step"] for entry in again.log] == [2, 4, 6]
+
+
+def test_asked_to_save_it_saves_and_goes_on(tmp_path: Path) -> None:
+    """What SIGTERM means inside a Slurm job, which requeues only what it kills itself."""
+    place = Checkpoints(tmp_path, "print", keep=9)
+    engine, average, config, done = start(place)
+    watch = Watch(asked=lambda: SAVE if done.step + 1 == 3 else 0)
+    train(engine, average, Batches(read, np.arange(100, 140)), None, config, place, done, watch)
+    assert (done.step, watch.stopped) == (6, 0)
+    assert [path.name for path in place.newest_first()] == [f"state-{step:08d}" for step in (6, 4, 3, 2)]
 
 
 def test_the_last_few_and_the_best_are_kept(tmp_path: Path) -> None:
