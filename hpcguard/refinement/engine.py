@@ -183,7 +183,7 @@ def join_world(device: torch.device, world_size: int) -> Any:
 
 
 def from_first_rank(make: Callable[[], T]) -> T:
-    """What `make` gives on rank 0, on every rank of the world that was joined; its InputError is raised on all.
+    """What `make` gives on rank 0, on every rank of the world that was joined; of its InputError rank 0 speaks for all.
 
     Objects travel by pickle between the processes of one job, as in all of torch.distributed.
     """
@@ -192,12 +192,13 @@ def from_first_rank(make: Callable[[], T]) -> T:
     answer: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            answer = [make(), None]
+            answer[0] = make()
         except InputError as error:
-            answer = [None, str(error)]
+            dist.broadcast_object_list([None, str(error)], src=0)
+            raise
     dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
-        raise InputError(answer[1])
+        raise SystemExit(2)
     return answer[0]
 
 

@@ -87,7 +87,9 @@ def train(
             move_average(average, engine.module.model, step, config.averaging)
         figures, due, asked = _exchange(engine, own, due, watch.asked())
         if not np.isfinite(figures).all():
-            _stop_at(step, epoch, batches.ids[chosen], figures, rate, watch.not_finite if engine.rank == 0 else None)
+            if engine.rank:
+                raise SystemExit(2)  # the first rank speaks for all
+            _stop_at(step, epoch, batches.ids[chosen], figures, rate, watch.not_finite)
         means = figures.mean(0)
         done.step = step + 1
         done.sums = (means + done.sums if done.sums else means).tolist()
@@ -182,7 +184,7 @@ def _stop_at(step: int, epoch: int, ids: np.ndarray, figures: np.ndarray, rate: 
         write_json(path, {"step": step + 1, "epoch": epoch + 1, "learning_rate": rate, "shares": shares})
     bad = ", ".join(name for name, column in zip(TERMS, figures.T, strict=True) if not np.isfinite(column).all())
     raise InputError(
-        f"the loss is not finite in step {step + 1} ({bad}); its images are in {path or 'not_finite.json of the arm'}; "
+        f"the loss is not finite in step {step + 1} ({bad}); its images are in {path}; "
         "lower learning_rate or set clip; the same command goes on from the last checkpoint"
     )
 

@@ -231,15 +231,14 @@ def test_the_torch_engine_equals_plain_torch_with_accumulation_and_clipping() ->
 
 
 def test_every_launcher_trains_the_same(tmp_path: Path, make_config: Callable[..., Path]) -> None:
-    """The stage itself under torchrun, deepspeed and mpiexec, with two processes each, gives the bits of its own
-    launch. `deepspeed` is run as the module behind it, since pip's first line of that script breaks where the
+    """The stage itself under torchrun, deepspeed and mpiexec, with two processes each, gives the same bits.
+    `deepspeed` is run as the module behind it, since pip's first line of that script breaks where the
     environment's path has a space."""
-    scheduled = {"engine": "deepspeed", "epochs": 1, "batch_size": 32, "processes": 2}
+    training = {"engine": "deepspeed", "epochs": 1, "batch_size": 32}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     found = {}
     for name, launcher in {
-        "itself": [sys.executable],
         "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29611"],
         "deepspeed": [
             sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29612",
@@ -248,7 +247,7 @@ def test_every_launcher_trains_the_same(tmp_path: Path, make_config: Callable[..
         "mpiexec": [sys.executable],
     }.items():  # fmt: skip
         (tmp_path / name).mkdir()
-        config = str(make_config(tmp_path / name, baseline=scheduled))
+        config = str(make_config(tmp_path / name, baseline=training))
         module = ["hpcguard.refine"] if name == "deepspeed" else ["-m", "hpcguard.refine"]
         command = [*launcher, *module, config, "--arm", "baseline"]
         if name == "mpiexec":
