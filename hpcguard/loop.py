@@ -137,13 +137,15 @@ def _is_done(own: Config) -> bool:
 def _measure(own: Config, before: list[Round], folder: LoopFolder) -> Round:
     number = len(before) + 1
     this = RunFolder(own.run)
-    training = read_json(this.training("guided"), f"delete {this.checkpoint('guided')} to train it again")
+    training = read_json(
+        this.training("guided"), f"delete {this.checkpoint('guided')} to train it again", chosen=dict, spurious=dict
+    )
     flagged = flagged_segments(own)
     jaccard = None
     if before:
         former = flagged_segments(load_config(folder.round_config(number - 1)))
         jaccard = mean_set_jaccard(*_of_the_same_images(former, flagged))
-    entry = training.get("chosen") or training["last_epoch"]
+    entry = training["chosen"]
     return Round(
         number, str(this.weights("guided")), entry.get("validation_clean"), entry.get("validation_robust"),
         float(training["spurious"]["flagged"]), jaccard,

@@ -119,6 +119,21 @@ class RunFolder:
     def training_log(self, arm: str) -> Path:
         return self.checkpoint(arm) / "log.jsonl"
 
+    def best_weights(self, arm: str) -> Path:
+        """Weights of the epoch with the best robust accuracy, where weights() are those of the last."""
+        return self.checkpoint(arm) / "best.safetensors"
+
+    def steps_log(self, arm: str) -> Path:
+        return self.checkpoint(arm) / "steps.jsonl"
+
+    def events(self, arm: str) -> Path:
+        """TensorBoard's event files."""
+        return self.checkpoint(arm) / "events"
+
+    def not_finite(self, arm: str) -> Path:
+        """The batch whose loss was not finite, which ended the training."""
+        return self.checkpoint(arm) / "not_finite.json"
+
     @property
     def results(self) -> Path:
         return self.path / "results"

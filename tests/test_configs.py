@@ -29,8 +29,12 @@ def test_every_configuration_loads_and_names_its_command(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "deepspeed").glob("*.json")), ids=lambda path: path.stem)
 def test_every_deepspeed_configuration_is_accepted(path: Path) -> None:
-    training = load_config(CONFIGS / "cifar10.yaml").refinement.model_copy(update={"deepspeed": path})
-    assert deepspeed_config(training, 4)["zero_optimization"]["stage"] == int(path.stem[-1])
+    stage, _, half = path.stem.removeprefix("zero").partition("_")
+    changes = {"deepspeed": path, "precision": "bfloat16" if half else "float32"}
+    training = load_config(CONFIGS / "cifar10.yaml").refinement.model_copy(update=changes)
+    values = deepspeed_config(training, 4)
+    assert values["zero_optimization"]["stage"] == int(stage)
+    assert ("torch_autocast" in values) == bool(half)
 
 
 @needs_cifar10

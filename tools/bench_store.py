@@ -46,10 +46,11 @@ from hpcguard.config import Config, DataConfig, ModelConfig, SpuriousConfig, Tra
 from hpcguard.data import ImageSet, load_images
 from hpcguard.data.image_set import ArrayPixels
 from hpcguard.models import build_model
+from hpcguard.refinement.checkpoint import Checkpoints, Progress
 from hpcguard.refinement.engine import make_engine
 from hpcguard.refinement.spurious import flag_segments
 from hpcguard.refinement.step import GuidedStep
-from hpcguard.refinement.train import Batches, train
+from hpcguard.refinement.train import Batches, Watch, train
 from hpcguard.runs import RunFolder
 from hpcguard.shards import Explainer, classifier
 from hpcguard.store import AttributionDataset, BlockShuffled, ShardWriter, Unit, build_view, shard_problem
@@ -532,8 +533,8 @@ def part_loader(arguments: argparse.Namespace) -> Figures:
         read = timed(datasets["disk"].batch, waits)
         engine = make_engine(step, training, torch.device("cpu"), 1)
         train(
-            engine, Batches(read, len(images)), None, training, folder / "arm", "bench",
-            lambda done, note: ends.append(time.perf_counter()), lambda log: None,
+            engine, None, Batches(read, images.ids), None, training, Checkpoints(folder / "arm", "bench"), Progress(),
+            Watch(lambda entry: ends.append(time.perf_counter())),
         )  # fmt: skip
         random, held_waits = np.random.default_rng(0), list[float]()
         held = timed(datasets["held"].batch, held_waits)

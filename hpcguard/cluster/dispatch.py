@@ -180,6 +180,9 @@ def _text(config: Config, run: RunFolder, submission: Submission, follower: Foll
         "output": str(log),
         "open-mode": "append",
     }
+    if follower.kind == "refine":
+        # To the tasks of its steps: refinement saves a checkpoint and asks to be requeued.
+        options["signal"] = f"USR2@{asked.signal_seconds}"
     if dependency:
         options |= {"dependency": dependency, "kill-on-invalid-dep": "yes"}
     return sbatch.script(options, sbatch.setup(asked), follower.commands)

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, NoReturn, Protocol
 
 from hpcguard.cluster.lifetime import end_with_parent
+from hpcguard.cluster.told import END, TIME_IS_UP, told_by
 from hpcguard.errors import InputError
 
 MPI_MARKS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
@@ -114,24 +115,60 @@ class Place:
 
 
 def torch_rank() -> Place | None:
-    """This process's place if torchrun, deepspeed, srun or hpcguard started it as one of several.
+    """This process's place if torchrun, deepspeed, srun, mpiexec or hpcguard started it as one of several.
 
-    Raises InputError if only some of the five variables are there, for torch and DeepSpeed would guess the rest, and
-    under a launcher that sets none of them, where each process would train alone in the same folder.
+    Raises InputError if only some of the five variables are there, for torch and DeepSpeed would guess the rest, or if
+    mpiexec and mpi4py do not belong together, where each process would train alone in the same folder.
     """
     present = [mark for mark in TORCH_MARKS if mark in os.environ]
-    if not present and int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1 and "SLURM_PROCID" in os.environ:
-        os.environ.update(_ranks_of_srun())
-        present = list(TORCH_MARKS)
     if not present:
-        tasks = int(os.environ.get("OMPI_COMM_WORLD_SIZE") or 1)
-        if tasks > 1:
-            raise InputError(f"one of {tasks} tasks of mpiexec without {', '.join(TORCH_MARKS)}: use srun or torchrun")
+        described = _ranks_of_mpiexec() if _under_mpiexec() else _ranks_of_srun() if _under_srun() else {}
+        os.environ.update(described)
+        present = list(described)
+    if not present:
         return None
     if len(present) < len(TORCH_MARKS):
         missing = ", ".join(mark for mark in TORCH_MARKS if mark not in present)
         raise InputError(f"{', '.join(present)} set in the environment but not {missing}: set all five, or none")
     return Place(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
+
+
+def _under_srun() -> bool:
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1 and "SLURM_PROCID" in os.environ
+
+
+def _mpiexec_size() -> int:
+    return int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or 1)
+
+
+def _under_mpiexec() -> bool:
+    """srun --mpi=pmi2 sets PMI's too; and mpiexec in a Slurm job has srun start its daemons, whose own then lie."""
+    size = _mpiexec_size()
+    ours = "OMPI_COMM_WORLD_SIZE" in os.environ or str(size) != os.environ.get("SLURM_STEP_NUM_TASKS")
+    return size > 1 and ours
+
+
+def _ranks_of_mpiexec() -> dict[str, str]:
+    """torch's five variables, agreed on through MPI; rank 0 listens on a port that was free a moment ago."""
+    from mpi4py import MPI
+
+    world = communicator()
+    if world.size != _mpiexec_size():
+        raise InputError(
+            f"mpiexec started {_mpiexec_size()} processes, but mpi4py's MPI sees {world.size}: use the mpiexec of "
+            "the MPI that mpi4py was built with, or srun or torchrun"
+        )
+    machine = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
+    alone = machine.size == world.size
+    address = world.bcast(("127.0.0.1" if alone else socket.gethostname(), _free_port()))
+    values = (world.rank, world.size, machine.rank, *address)
+    return dict(zip(TORCH_MARKS, map(str, values), strict=True))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
 
 
 def _ranks_of_srun() -> dict[str, str]:
@@ -151,6 +188,11 @@ def start_as_rank() -> None:
     """Call first in a process that `run_ranks` may have started: it then ends with the process that started it."""
     if PARENT in os.environ:
         end_with_parent(int(os.environ[PARENT]))
+
+
+def launched_here() -> bool:
+    """Whether `run_ranks` started this process: its parent has checked what it is to work with."""
+    return PARENT in os.environ
 
 
 def rank_name() -> str:
@@ -178,26 +220,37 @@ def end_world(status: int) -> int:
 def run_ranks(command: list[str], processes: int, threads: int) -> int:
     """Run `command` in so many processes with torch's five variables set; returns the first bad exit status, or 0.
 
-    When one fails the others are ended; all are ended when this process is.
+    When one fails the others are ended; all are ended when this process is. What tells this process to stop is passed
+    on, and waited for.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     shared |= {"OMP_NUM_THREADS": str(threads), PARENT: str(os.getpid())}
-    ranks = [
-        subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(processes)
-    ]
-    try:
-        while True:
-            codes = [rank.poll() for rank in ranks]
-            if failed := [code for code in codes if code]:
-                return failed[0] if failed[0] > 0 else 128 - failed[0]  # as a shell reports a signal
-            if None not in codes:
-                return 0
-            time.sleep(0.05)
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
+    with told_by(TIME_IS_UP, END) as told:
+        ranks = [
+            subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(processes)
+        ]
+        try:
+            while True:
+                while told:
+                    number = told.pop()
+                    for rank in ranks:
+                        rank.send_signal(number)
+                codes = [rank.poll() for rank in ranks]
+                if failed := [code for code in codes if code]:
+                    _await_others(ranks)
+                    return failed[0] if failed[0] > 0 else 128 - failed[0]  # as a shell reports a signal
+                if None not in codes:
+                    return 0
+                time.sleep(0.05)
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.wait()
+
+
+def _await_others(ranks: list[subprocess.Popen[bytes]], seconds: float = 0.5) -> None:
+    """A moment for ranks that end of the same fault, so that the first one's message is not cut off."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and any(rank.poll() is None for rank in ranks):
+        time.sleep(0.02)

@@ -63,7 +63,7 @@ class JobConfig(Section):
     memory_gb: float | None = Field(None, gt=0)
     """Memory on each node in GiB; null: the cluster's default."""
     minutes: int = Field(60, gt=0)
-    """Time limit. Attribution that reaches it is requeued and goes on where it was."""
+    """Time limit. Attribution and refinement that reach it are requeued and go on where they were."""
     options: Options = {}
     """Any other sbatch options of this kind of job by their long names, such as {exclusive: true}."""
 
@@ -98,7 +98,8 @@ class SlurmConfig(Section):
     tasks_at_once: int = Field(64, gt=0)
     """Array tasks that run at once at the most, over all arrays of a submission."""
     signal_seconds: int = Field(90, ge=1)
-    """A task is told so long before its time limit, finishes its unit of images and is requeued."""
+    """A task is told so long before its time limit, finishes its unit of images, or its training step and a checkpoint,
+    and is requeued."""
     rounds: int = Field(3, ge=0)
     """Times that missing shards are submitted again by themselves before a person must (`hpcguard retry`)."""
     max_memory_gb: float | None = Field(None, gt=0)

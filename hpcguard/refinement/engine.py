@@ -1,11 +1,13 @@
 """Engines behind one small interface: DeepSpeed over many processes, and plain torch in one as the reference.
 
-call engine(...) for the loss, engine.backward(loss), engine.step(); both count accumulation themselves.
+call engine(...) for the loss, engine.backward(loss), engine.step(); both count accumulation themselves. Their state is
+a dict of plain float32 tensors that depends neither on the engine nor on the number of processes, so it is written
+without DeepSpeed's checkpoints, which are loaded by unrestricted pickle and hold one rank's share in each file.
 """
 
 import os
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,18 +15,16 @@ from torch import Tensor, nn
 
 from hpcguard.config import TrainingConfig
 from hpcguard.errors import InputError
+from hpcguard.refinement.deepspeed_json import deepspeed_config, micro_batch_size, read_deepspeed_json
 from hpcguard.refinement.step import GuidedStep
-from hpcguard.runs import read_json
 
-OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer", "scheduler")
-THEIRS: dict[str, Any] = {
-    "zero_optimization": dict, "gradient_clipping": (int, float), "zero_allow_untested_optimizer": bool,
-    "steps_per_print": int, "wall_clock_breakdown": bool, "prescale_gradients": bool,
-    "gradient_predivide_factor": (int, float), "communication_data_type": str, "comms_logger": dict,
-    "flops_profiler": dict, "tensorboard": dict, "csv_monitor": dict, "wandb": dict,
-}  # fmt: skip
-HALF = ("fp16", "bf16", "bfloat16", "amp", "torch_autocast")
-STATE = "state"
+__all__ = [
+    "DeepSpeedEngine", "Engine", "TorchEngine", "average_buffers", "deepspeed_config", "from_first_rank", "join_world",
+    "make_engine", "make_optimizer", "micro_batch_size", "read_deepspeed_json",
+]  # fmt: skip
+MOMENTUM = "momentum_buffer"  # torch.optim.SGD's name for it
+State = dict[str, Tensor]
+T = TypeVar("T")
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
@@ -42,10 +42,12 @@ class TorchEngine:
     def __init__(self, step: GuidedStep, config: TrainingConfig, device: torch.device) -> None:
         self.module, self.device = step.to(device), device
         self.optimizer = make_optimizer(step, config)
+        self._half, self._clip = config.precision == "bfloat16", config.clip
         self._accumulation, self._pending = config.accumulation, 0
 
-    def __call__(self, *inputs: Any) -> Tensor:
-        return self.module(*inputs)
+    def __call__(self, *inputs: Any, **more: Any) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._half):
+            return self.module(*inputs, **more)
 
     def backward(self, loss: Tensor) -> None:
         (loss / self._accumulation).backward()
@@ -53,6 +55,8 @@ class TorchEngine:
     def step(self) -> None:
         self._pending += 1
         if self._pending == self._accumulation:
+            if self._clip:
+                nn.utils.clip_grad_norm_(self.module.parameters(), self._clip)
             self.optimizer.step()
             self.optimizer.zero_grad()
             self._pending = 0
@@ -63,40 +67,33 @@ class TorchEngine:
     def barrier(self) -> None:
         """One process waits for nobody."""
 
-    def save_state(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save({"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}, folder / STATE)
+    def state(self) -> State:
+        """Weights, buffers and momentum by name, on the CPU."""
+        momentum = {name: self.optimizer.state[each].get(MOMENTUM) for name, each in self.module.named_parameters()}
+        return _state(self.module, momentum)
 
-    def load_state(self, folder: Path) -> None:
-        state = torch.load(folder / STATE, map_location=self.device, weights_only=True)
-        self.module.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+    def load_state(self, state: State) -> None:
+        self.module.load_state_dict(_part(state, "module."))
+        for name, parameter in self.module.named_parameters():
+            if f"momentum.{name}" in state:
+                self.optimizer.state[parameter][MOMENTUM] = state[f"momentum.{name}"].to(self.device)
 
 
 class DeepSpeedEngine:
-    """DeepSpeed, ZeRO 0 to 2, one of the processes of a torch.distributed world that is already described by the
-    environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT)."""
+    """DeepSpeed, ZeRO 0 to 2, one of the processes of a world that `join_world` has joined."""
 
     def __init__(self, step: GuidedStep, config: TrainingConfig, device: torch.device, world_size: int) -> None:
-        deepspeed = _import_deepspeed(device)
-        if not dist.is_initialized():
-            deepspeed.init_distributed(
-                dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False
-            )
-        if dist.get_world_size() != world_size:
-            # Seen: two processes that both became rank 0 of 1 without an error.
-            raise RuntimeError(
-                f"torch.distributed has {dist.get_world_size()} processes, the launcher said {world_size}"
-            )
+        deepspeed = join_world(device, world_size)
         self.rank, self.world_size, self.device = dist.get_rank(), world_size, device
         self.optimizer = make_optimizer(step, config)
         self._engine, *_ = deepspeed.initialize(
             model=step, optimizer=self.optimizer, config=deepspeed_config(config, world_size), dist_init_required=False
         )
         self.module: GuidedStep = self._engine.module
+        self._utils = deepspeed.utils
 
-    def __call__(self, *inputs: Any) -> Tensor:
-        return self._engine(*inputs)
+    def __call__(self, *inputs: Any, **more: Any) -> Tensor:
+        return self._engine(*inputs, **more)
 
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss)
@@ -112,14 +109,39 @@ class DeepSpeedEngine:
     def barrier(self) -> None:
         dist.barrier()
 
-    def save_state(self, folder: Path) -> None:
-        self._engine.save_checkpoint(str(folder), tag=STATE, save_latest=False)
+    def state(self) -> State:
+        """As TorchEngine's; all ranks must call it, for under ZeRO 1 and 2 each holds a part of the momentum."""
+        return _state(self.module, {name: self._momentum(each) for name, each in self.module.named_parameters()})
 
-    def load_state(self, folder: Path) -> None:
-        # Unrestricted pickle inside DeepSpeed: called for the run's own folder only.
-        loaded, _ = self._engine.load_checkpoint(str(folder), tag=STATE)
-        if loaded is None:
-            raise InputError(f"{folder}: DeepSpeed finds no checkpoint in it; delete the folder to start the arm again")
+    def load_state(self, state: State) -> None:
+        self.module.load_state_dict(_part(state, "module."))
+        if self._sharded:
+            zero = self._engine.optimizer
+            zero.refresh_fp32_params()  # ZeRO steps on a copy of the parameters of its own
+            if any(name.startswith("momentum.") for name in state):
+                for flat in zero.single_partition_of_fp32_groups:
+                    zero.optimizer.state[flat][MOMENTUM] = torch.zeros_like(flat, requires_grad=False)
+                zero._lazy_init_hp_params_optimizer_state()
+        for name, parameter in self.module.named_parameters():
+            if f"momentum.{name}" in state:
+                self._set_momentum(parameter, state[f"momentum.{name}"].to(self.device))
+
+    @property
+    def _sharded(self) -> bool:
+        return bool(self._engine.zero_optimization_stage())
+
+    def _momentum(self, parameter: nn.Parameter) -> Tensor | None:
+        if not self._sharded:
+            return self.optimizer.state[parameter].get(MOMENTUM)
+        if not self.optimizer.defaults["momentum"]:
+            return None
+        return self._utils.safe_get_full_optimizer_state(parameter, MOMENTUM)
+
+    def _set_momentum(self, parameter: nn.Parameter, values: Tensor) -> None:
+        if self._sharded:
+            self._utils.safe_set_full_optimizer_state(parameter, values, MOMENTUM)
+        else:
+            self.optimizer.state[parameter][MOMENTUM] = values
 
 
 Engine = TorchEngine | DeepSpeedEngine
@@ -133,53 +155,62 @@ def make_engine(step: GuidedStep, config: TrainingConfig, device: torch.device, 
 
 
 def average_buffers(engine: Engine) -> None:
-    """Make every rank's floating-point buffers their mean: batch statistics drift apart, only rank 0's are saved."""
-    for buffer in engine.module.model.buffers():
-        if buffer.is_floating_point():
-            buffer.copy_(engine.sum_over_ranks(buffer) / engine.world_size)
+    """Make every rank's floating-point buffers their mean, in one all-reduce: batch statistics would drift apart.
 
-
-def deepspeed_config(config: TrainingConfig, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration: the user's JSON with batch sizes filled in.
-
-    Raises InputError for a file that is not JSON, sets what hpcguard sets, or asks for what is silently wrong here.
+    In float64, in which the mean of equal float32 numbers is that number: constants stay as they are.
     """
-    values = read_deepspeed_json(config.deepspeed) if config.deepspeed else {}
-    where = f"refinement.deepspeed = {config.deepspeed}"
-    for key, value in values.items():
-        if key in OURS:
-            raise InputError(f"{where}: remove {key}, hpcguard sets it from the refinement section")
-        if key in HALF:
-            # Perturbations of 1/255 drown in 8 bits of mantissa, so the attack needs its own float32 path first.
-            raise InputError(f"{where}: {key} is refused, attacks in pixel space need float32; remove it")
-        if key not in THEIRS:
-            raise InputError(f"{where}: {key} is not supported here; allowed are {', '.join(THEIRS)}")
-        if not isinstance(value, THEIRS[key]) or (isinstance(value, bool) and THEIRS[key] is not bool):
-            raise InputError(f"{where}: {key} = {value!r} has the wrong type, see DeepSpeed's documentation")
-    stage = values.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2):
-        raise InputError(f"{where}: zero_optimization.stage = {stage}; allowed are 0, 1, 2 (3 trains wrongly here)")
-    micro = micro_batch_size(config, world_size)
-    # DeepSpeed clips at 1.0 unless told otherwise, and calls every client optimizer but Adam untested.
-    defaults = {"gradient_clipping": 0.0, "zero_allow_untested_optimizer": True, "steps_per_print": 10**9}
-    batches = (config.batch_size, micro, config.accumulation)
-    return {**defaults, **values, **dict(zip(OURS[:3], batches, strict=True))}
+    buffers = [buffer for buffer in engine.module.model.buffers() if buffer.is_floating_point()]
+    if engine.world_size == 1 or not buffers:
+        return
+    flat = torch.cat([buffer.detach().double().flatten() for buffer in buffers])
+    means = engine.sum_over_ranks(flat) / engine.world_size
+    for buffer, mean in zip(buffers, means.split([buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(mean.reshape(buffer.shape))
 
 
-def micro_batch_size(config: TrainingConfig, world_size: int) -> int:
-    """Images of one process in one forward pass."""
-    parts = world_size * config.accumulation
-    if config.batch_size % parts:
-        raise InputError(
-            f"batch_size = {config.batch_size} cannot be cut into {world_size} processes x accumulation "
-            f"{config.accumulation}; use a multiple of {parts}"
-        )
-    return config.batch_size // parts
+def join_world(device: torch.device, world_size: int) -> Any:
+    """Join the torch.distributed world that the environment describes (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
+    MASTER_PORT), once a process; returns deepspeed."""
+    deepspeed = _import_deepspeed(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False)
+    if dist.get_world_size() != world_size:
+        # Seen: two processes that both became rank 0 of 1 without an error.
+        raise RuntimeError(f"torch.distributed has {dist.get_world_size()} processes, the launcher said {world_size}")
+    return deepspeed
 
 
-def read_deepspeed_json(path: Path) -> dict[str, Any]:
-    """The user's DeepSpeed configuration. Raises InputError if it cannot be read or is no JSON object."""
-    return read_json(path, "refinement.deepspeed names it; examples lie in configs/deepspeed")
+def from_first_rank(make: Callable[[], T]) -> T:
+    """What `make` gives on rank 0, on every rank of the world that was joined; of its InputError rank 0 speaks for all.
+
+    Objects travel by pickle between the processes of one job, as in all of torch.distributed.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return make()
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = make()
+        except InputError as error:
+            dist.broadcast_object_list([None, str(error)], src=0)
+            raise
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise SystemExit(2)
+    return answer[0]
+
+
+def _state(module: nn.Module, momentum: dict[str, Tensor | None]) -> State:
+    """Copies on the CPU, for parameters under ZeRO are views of one large tensor."""
+    named = {f"module.{name}": values for name, values in module.state_dict().items()}
+    named |= {f"momentum.{name}": values for name, values in momentum.items() if values is not None}
+    return {name: values.detach().cpu().clone().contiguous() for name, values in named.items()}
+
+
+def _part(state: State, prefix: str) -> State:
+    return {name.removeprefix(prefix): values for name, values in state.items() if name.startswith(prefix)}
 
 
 def _import_deepspeed(device: torch.device) -> Any:
@@ -188,6 +219,7 @@ def _import_deepspeed(device: torch.device) -> Any:
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     import deepspeed
     import deepspeed.ops
+    import deepspeed.utils
 
     # A shared-memory operator for inference that would be compiled for minutes at start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

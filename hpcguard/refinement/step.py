@@ -14,7 +14,7 @@ from hpcguard.attacks import fgsm, pgd, random_start
 from hpcguard.config import TrainingConfig
 from hpcguard.models import Normalized
 from hpcguard.refinement.losses import divergence, margin_gradient, sensitivity_penalty
-from hpcguard.refinement.masking import hide, segment_means
+from hpcguard.refinement.masking import hide
 from hpcguard.refinement.second_order import piecewise_linear
 
 TRADES_START = 0.001  # noise of TRADES' own start, where the divergence has no gradient yet
@@ -40,10 +40,10 @@ class GuidedStep(nn.Module):
 
     def forward(
         self, x: Tensor, y: Tensor, pixels: Tensor, noise: Tensor, sensitivity_weight: float,
-        segments: Tensor | None = None,
+        fill: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Loss of a batch: x [B, C, H, W], y [B], flagged `pixels` [B, 1, H, W], `noise` in [-1, 1] like x, and for
-        the fill segment-mean `segments` [B, H, W]."""
+        """Loss of a batch: x [B, C, H, W], y [B], flagged `pixels` [B, 1, H, W], `noise` in [-1, 1] like x, and `fill`
+        like x, what flagged segments show where that is neither the mean colour nor noise."""
         weights = (
             self.config.clean_weight,
             self.config.adversarial_weight if self.config.attacked else 0.0,
@@ -58,7 +58,7 @@ class GuidedStep(nn.Module):
         if weights[1]:
             inputs["adversarial"] = self._attack(x, y, pixels, start, first)
         if weights[2]:
-            inputs["masked"] = hide(x, pixels, self._fill(x, noise, segments))
+            inputs["masked"] = hide(x, pixels, self._fill(noise, fill))
         if inputs:
             outputs = self.model(torch.cat(list(inputs.values()))).float().split(len(x))
             terms[:3] = self._losses(dict(zip(inputs, outputs, strict=True)), y, terms)
@@ -134,17 +134,15 @@ class GuidedStep(nn.Module):
     def _where(self, pixels: Tensor) -> Tensor | None:
         return {"everywhere": None, "flagged": pixels, "unflagged": ~pixels}[self.config.attack.where]
 
-    def _fill(self, x: Tensor, noise: Tensor, segments: Tensor | None) -> Tensor:
-        fill = self.config.masking.fill
-        if fill == "mean":
+    def _fill(self, noise: Tensor, given: Tensor | None) -> Tensor:
+        kind = self.config.masking.fill
+        if kind == "mean":
             return self.mean_colour
-        if fill == "noise":
+        if kind == "noise":
             return (noise + 1) / 2
-        if fill == "swap":
-            return x.roll(1, 0)  # the batch comes in random order
-        if segments is None:
-            raise ValueError("fill segment-mean: forward needs segments")
-        return segment_means(x, segments)
+        if given is None:
+            raise ValueError(f"masking.fill = {kind}: forward needs it as `fill`")
+        return given
 
 
 @contextmanager

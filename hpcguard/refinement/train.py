@@ -1,15 +1,19 @@
-"""The training loop of one arm."""
+"""The training loop of one arm.
+
+What happens in a step is a function of (configuration, seed, step), so a resumed training and an undisturbed one do the
+same. One small all-reduce a step carries every rank's figures: so all ranks know the same losses, and stop together.
+"""
 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hpcguard.attacks import pgd
 from hpcguard.config import TrainingConfig
@@ -17,129 +21,192 @@ from hpcguard.data import ImageSet
 from hpcguard.errors import InputError
 from hpcguard.randomness import keyed_generator, torch_seed
 from hpcguard.refinement.augment import augment, draw_shifts
-from hpcguard.refinement.checkpoint import load_checkpoint, save_checkpoint
+from hpcguard.refinement.averaging import move_average
+from hpcguard.refinement.checkpoint import Checkpoints, Progress, save_checkpoint
 from hpcguard.refinement.engine import Engine, average_buffers, micro_batch_size
-from hpcguard.refinement.masking import flagged_pixels
+from hpcguard.refinement.masking import flagged_pixels, segment_means
+from hpcguard.refinement.schedule import learning_rate, steps_per_epoch, total_steps
 from hpcguard.refinement.step import GuidedStep
+from hpcguard.runs import write_json
 
-VALIDATION_IMAGES = 256  # so many are attacked at most
+SAVE, STOP, REQUEUE = 1, 2, 3  # what a training may be asked for between steps, the stronger is the larger
+TERMS = ("loss", *GuidedStep.TERMS, "mask_share")  # what a step is described by, in the order of its figures
 
 
 @dataclass(frozen=True)
 class Batches:
-    """What an arm trains on: `read(positions)` gives image, label and, where guided, segments and flagged."""
+    """What an arm trains on: `read(positions)` gives image, label and, where guided, segments and flagged, of those of
+    `ids`."""
 
     read: Callable[[np.ndarray], dict[str, Tensor]]
-    size: int
+    ids: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Images that are measured, and attacked with radius eps, after every epoch, for the log only."""
+    """Images that are measured, and attacked with radius eps, after every epoch."""
 
     images: ImageSet
     eps: float
 
 
-def steps_per_epoch(size: int, config: TrainingConfig) -> int:
-    """Whole batches only: every rank must have an equal share in every step."""
-    if size < config.batch_size:
-        raise InputError(f"batch_size = {config.batch_size}: more than the {size} training images; lower it")
-    return size // config.batch_size
+@dataclass
+class Watch:
+    """What the loop tells and asks: on_step(entry) and on_epoch(log) after each on every rank, asked() for SAVE, STOP,
+    REQUEUE or 0, and where to write down a batch whose loss is not finite."""
 
-
-def total_steps(size: int, config: TrainingConfig) -> int:
-    steps = steps_per_epoch(size, config) * config.epochs
-    return min(steps, config.max_steps or steps)
-
-
-def learning_rate(step: int, total: int, config: TrainingConfig) -> float:
-    """Linear warm-up, then a cosine to 0; a function of the step alone, so nothing needs restoring."""
-    warmup = config.warmup * total
-    if step < warmup:
-        return config.learning_rate * (step + 1) / (warmup + 1)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, total - warmup)))
+    on_step: Callable[[dict[str, Any]], None] = lambda entry: None
+    on_epoch: Callable[[list[dict[str, Any]]], None] = lambda log: None
+    asked: Callable[[], int] = lambda: 0
+    not_finite: Path | None = None
+    stopped: int = field(default=0, init=False)  # STOP or REQUEUE: all ranks have stopped before the end
 
 
 def train(
-    engine: Engine, batches: Batches, validation: Validation | None, config: TrainingConfig, folder: Path,
-    fingerprint: str, on_step: Callable[[int, str], None], on_epoch: Callable[[list[dict[str, Any]]], None],
+    engine: Engine, average: nn.Module | None, batches: Batches, validation: Validation | None, config: TrainingConfig,
+    place: Checkpoints, done: Progress, watch: Watch,
 ) -> None:  # fmt: skip
-    """Train to the end from the last published checkpoint, or the start.
-
-    on_step(steps done, note) after every step; on_epoch(entries of all epochs so far) at the start and after every
-    epoch; both on every rank.
-    """
-    per_epoch, total = steps_per_epoch(batches.size, config), total_steps(batches.size, config)
-    log = load_checkpoint(engine, folder, fingerprint)
-    on_epoch(log)
-    for epoch in range(len(log), math.ceil(total / per_epoch)):
-        started = time.monotonic()
-        order = keyed_generator("order", config.seed, epoch).permutation(batches.size)
-        sums = torch.zeros(len(GuidedStep.TERMS) + 1)
+    """Train from `done`, which moves with it, to the end or until asked to stop, with checkpoints on the way."""
+    per_epoch, total = steps_per_epoch(len(batches), config), total_steps(len(batches), config)
+    last_save, started = time.monotonic(), time.monotonic() - done.seconds
+    order = np.empty(0, np.int64)
+    for step in range(done.step, total):
+        epoch = step // per_epoch
+        if not len(order) or step % per_epoch == 0:
+            order = keyed_generator("order", config.seed, epoch).permutation(len(batches))
+        chosen = order[(step % per_epoch) * config.batch_size :][: config.batch_size]
         engine.module.train()
-        steps = range(epoch * per_epoch, min(total, (epoch + 1) * per_epoch))
-        for step in steps:
-            chosen = order[(step % per_epoch) * config.batch_size :][: config.batch_size]
-            sums += _train_step(engine, batches, chosen, step, learning_rate(step, total, config), config)
-            on_step(step + 1, f"epoch {epoch + 1}, loss {sums[0] / (step - steps.start + 1):.3f}")
+        due = config.checkpoint_minutes is not None and time.monotonic() - last_save > 60 * config.checkpoint_minutes
+        rate = learning_rate(step, total, config)
+        own = _train_step(engine, batches, chosen, step, rate, config)
         average_buffers(engine)
-        means = (engine.sum_over_ranks(sums.to(engine.device)) / engine.world_size / len(steps)).tolist()
-        entry = {"epoch": epoch + 1, **dict(zip(("loss", *GuidedStep.TERMS), means, strict=True))}
-        entry |= _validate(engine, validation)
-        log.append({**entry, "seconds": round(time.monotonic() - started, 2)})
-        save_checkpoint(engine, folder, log, fingerprint)
-        on_epoch(log)
+        if average is not None:
+            move_average(average, engine.module.model, step, config.averaging)
+        figures, due, asked = _exchange(engine, own, due, watch.asked())
+        if not np.isfinite(figures).all():
+            if engine.rank:
+                raise SystemExit(2)  # the first rank speaks for all
+            _stop_at(step, epoch, batches.ids[chosen], figures, rate, watch.not_finite)
+        means = figures.mean(0)
+        done.step = step + 1
+        done.sums = (means + done.sums if done.sums else means).tolist()
+        watch.on_step({"step": step + 1, "epoch": epoch + 1, **_named(means), "learning_rate": rate})
+        ended = done.step % per_epoch == 0 or done.step == total
+        if ended:
+            entry = {"epoch": epoch + 1, "step": done.step, **_named(np.array(done.sums) / (step % per_epoch + 1))}
+            entry |= _validate(average or engine.module.model, engine, validation, config)
+            entry |= {"learning_rate": rate, "seconds": round(time.monotonic() - started, 2), "time": time.time()}
+            done.log, done.sums, started = [*done.log, entry], [], time.monotonic()
+            watch.on_epoch(done.log)
+        if ended or due or asked:
+            done.seconds = 0.0 if ended else time.monotonic() - started
+            save_checkpoint(engine, average, place, done)
+            last_save = time.monotonic()
+        if asked >= STOP and done.step < total:
+            watch.stopped = asked
+            return
 
 
 def _train_step(
     engine: Engine, batches: Batches, chosen: np.ndarray, step: int, rate: float, config: TrainingConfig
 ) -> Tensor:
-    """One optimiser step on this rank's share of the global batch; its loss and terms."""
+    """One optimiser step on this rank's share of the global batch; its figures, in the order of TERMS."""
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
-    generator = torch.Generator().manual_seed(torch_seed("step", config.seed, step))
     # What the model itself draws (dropout): other numbers on every rank, the same ones after a resume.
     torch.manual_seed(torch_seed("dropout", config.seed, step * 2**16 + engine.rank))
-    batch = batches.read(chosen)
-    # Drawn for the global batch on every rank: the numbers do not depend on the number of processes.
-    x = batch["image"]
-    shifts = draw_shifts(len(x), x.shape[2], config.augment, generator)
-    x, segments = augment(x, batch["segments"] if config.guided else None, shifts)
-    if segments is not None:
-        pixels = flagged_pixels(batch["flagged"], segments)
-    else:
-        pixels = x.new_zeros(len(x), 1, *x.shape[2:], dtype=torch.bool)
-    noise = torch.empty_like(x).uniform_(-1, 1, generator=generator)
+    x, y, pixels, noise, fill = own_share(engine, batches, chosen, step, config)
     weight = config.sensitivity.weight * config.sensitivity.every if step % config.sensitivity.every == 0 else 0.0
     micro = micro_batch_size(config, engine.world_size)
-    sums = torch.zeros(len(GuidedStep.TERMS) + 1)
-    for part in range(config.accumulation):
-        start = (engine.rank * config.accumulation + part) * micro
-        own = [each[start : start + micro].to(engine.device) for each in (x, batch["label"], pixels, noise)]
-        loss = engine(*own, weight)
-        if engine.sum_over_ranks(loss.detach().isfinite().float()) < engine.world_size:  # on every rank alike
-            raise InputError(f"the loss is not finite in step {step + 1}; lower learning_rate ({config.learning_rate})")
+    sums = torch.zeros(len(TERMS) - 1, dtype=torch.float64, device=engine.device)
+    for start in range(0, len(x), micro):
+        part = slice(start, start + micro)
+        loss = engine(x[part], y[part], pixels[part], noise[part], weight, None if fill is None else fill[part])
         engine.backward(loss)
         engine.step()
-        sums += torch.cat([loss.detach().reshape(1), engine.module.terms]).cpu() / config.accumulation
-    return sums
+        sums += torch.cat([loss.detach().reshape(1), engine.module.terms.to(engine.device)]).double()
+    return torch.cat([sums / config.accumulation, pixels.double().mean().reshape(1)])
 
 
-def _validate(engine: Engine, validation: Validation | None) -> dict[str, float]:
-    """Clean and PGD-10 accuracy on at most VALIDATION_IMAGES images, shared among the ranks."""
+def own_share(
+    engine: Engine, batches: Batches, chosen: np.ndarray, step: int, config: TrainingConfig
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """This rank's images, labels, flagged pixels, noise and fill of the global batch `chosen`, on its device.
+
+    Only its own images are read. The random numbers are drawn for the whole batch on every rank, so they do not depend
+    on the number of processes.
+    """
+    generator = torch.Generator().manual_seed(torch_seed("step", config.seed, step))
+    share = len(chosen) // engine.world_size
+    own = slice(engine.rank * share, (engine.rank + 1) * share)
+    batch = batches.read(chosen[own])
+    shifts = draw_shifts(len(chosen), batch["image"].shape[2], config.augment, generator)
+    image, segments = augment(batch["image"], batch.get("segments"), None if shifts is None else shifts[own])
+    if segments is not None and config.guided:
+        pixels = flagged_pixels(batch["flagged"], segments)
+    else:
+        pixels = image.new_zeros(share, 1, *image.shape[2:], dtype=torch.bool)
+    noise = image.new_empty(len(chosen), *image.shape[1:]).uniform_(-1, 1, generator=generator)[own]
+    fill = None
+    if config.masking.weight and config.masking.fill == "segment-mean" and segments is not None:
+        fill = segment_means(image, segments)
+    elif config.masking.weight and config.masking.fill == "swap":
+        others = batches.read(np.roll(chosen, 1)[own])["image"]  # the batch comes in random order
+        fill, _ = augment(others, None, None if shifts is None else shifts.roll(1, 0)[own])
+    image, label, pixels, noise = (each.to(engine.device) for each in (image, batch["label"], pixels, noise))
+    return image, label, pixels, noise, None if fill is None else fill.to(engine.device)
+
+
+def _exchange(engine: Engine, own: Tensor, due: bool, asked: int) -> tuple[np.ndarray, bool, int]:
+    """All ranks' figures [R, len(TERMS)], whether rank 0's clock says that a checkpoint is due, and the strongest
+    of what any rank was asked for."""
+    table = torch.zeros(engine.world_size, len(TERMS) + 2, dtype=torch.float64, device=engine.device)
+    table[engine.rank] = torch.cat([own, own.new_tensor([due, asked])])
+    rows = engine.sum_over_ranks(table).cpu().numpy()
+    return rows[:, :-2], bool(rows[0, -2]), int(rows[:, -1].max())
+
+
+def _stop_at(step: int, epoch: int, ids: np.ndarray, figures: np.ndarray, rate: float, path: Path | None) -> None:
+    """End the training because of a loss that is not finite, and write down whose."""
+    shares = [
+        {"rank": rank, "ids": own.tolist(), **{name: value if math.isfinite(value) else str(value)
+         for name, value in _named(row).items()}}
+        for rank, (own, row) in enumerate(zip(np.split(ids, len(figures)), figures, strict=True))
+    ]  # fmt: skip
+    if path is not None:
+        write_json(path, {"step": step + 1, "epoch": epoch + 1, "learning_rate": rate, "shares": shares})
+    bad = ", ".join(name for name, column in zip(TERMS, figures.T, strict=True) if not np.isfinite(column).all())
+    raise InputError(
+        f"the loss is not finite in step {step + 1} ({bad}); its images are in {path}; "
+        "lower learning_rate or set clip; the same command goes on from the last checkpoint"
+    )
+
+
+def _named(figures: np.ndarray) -> dict[str, float]:
+    return dict(zip(TERMS, figures.tolist(), strict=True))
+
+
+def _validate(
+    model: nn.Module, engine: Engine, validation: Validation | None, config: TrainingConfig
+) -> dict[str, float]:
+    """Clean and PGD-10 accuracy in float32 on at most config.validation_images images, shared among the ranks."""
     if validation is None:
         return {}
-    model = engine.module.model.eval()
+    model.eval()
     images = validation.images
-    ids = images.ids[:VALIDATION_IMAGES][engine.rank :: engine.world_size]
-    x, y = (
-        torch.from_numpy(images.images(ids)).to(engine.device),
-        torch.from_numpy(images.labels_of(ids)).to(engine.device),
-    )
-    with torch.no_grad():
-        right = (model(x).argmax(1) == y).sum()
-        robust = (model(pgd(model, x, y, validation.eps, 10)).argmax(1) == y).sum()
-    counts = torch.stack([right, robust, torch.tensor(len(ids), device=engine.device)]).double()
+    own = images.ids[: config.validation_images][engine.rank :: engine.world_size]
+    counts = torch.zeros(3, dtype=torch.float64, device=engine.device)
+    micro = micro_batch_size(config, engine.world_size)
+    for start in range(0, len(own), micro):
+        ids = own[start : start + micro]
+        x = torch.from_numpy(images.images(ids)).to(engine.device)
+        y = torch.from_numpy(images.labels_of(ids)).to(engine.device)
+        with torch.no_grad():
+            right = (model(x).argmax(1) == y).sum()
+            robust = (model(pgd(model, x, y, validation.eps, 10)).argmax(1) == y).sum()
+        counts += torch.stack([right, robust, torch.tensor(len(ids), device=engine.device)])
     right, robust, total = engine.sum_over_ranks(counts).tolist()
     return {"validation_clean": right / total, "validation_robust": robust / total, "validation_eps": validation.eps}

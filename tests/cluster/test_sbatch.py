@@ -118,7 +118,8 @@ def test_the_jobs_that_follow_to_the_letter(srun: None, tmp_path: Path, monkeypa
         "#!/bin/bash\n#SBATCH --comment=/runs/x\n#SBATCH --cpus-per-task=8\n#SBATCH --dependency=afterok:CONSOLIDATE\n"
         "#SBATCH --gpus-per-node=4\n#SBATCH --job-name=hpcguard-refine-0001\n#SBATCH --kill-on-invalid-dep=yes\n"
         "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=4\n#SBATCH --open-mode=append\n"
-        "#SBATCH --output=/runs/x/slurm/0001/refine_%j.out\n#SBATCH --requeue\n#SBATCH --time=600\nset -e\n"
+        "#SBATCH --output=/runs/x/slurm/0001/refine_%j.out\n#SBATCH --requeue\n#SBATCH --signal=USR2@90\n"
+        "#SBATCH --time=600\nset -e\n"
         "srun --kill-on-bad-exit=1 --cpus-per-task=8 py -m hpcguard.refine /runs/x/slurm/0001/config.yaml\n"
     )
     assert "--dependency=afterok:REFINE\n" in evaluate
