@@ -130,7 +130,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_images(tmp_path: Path) -> None
         return batch
 
     batches, watch = Batches(poisoned, np.arange(100, 140)), Watch(not_finite=path)
-    with pytest.raises(InputError, match=f"the loss is not finite in step .*adversarial.*{path}"):
+    with pytest.raises(InputError, match=f"the loss is not finite in step .*adversarial.*{path}; .*delete {tmp_path}"):
         train(engine, average, batches, None, config, place, done, watch)
     written = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     (share,) = written["shares"]
