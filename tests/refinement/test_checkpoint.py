@@ -198,6 +198,9 @@ def test_kill_and_stop_and_another_number_of_processes(
     assert lines(arms[0] / "log.jsonl") == lines(arms[1] / "log.jsonl")
     assert lines(arms[0] / "steps.jsonl") == lines(arms[1] / "steps.jsonl")
     assert [entry["step"] for entry in lines(arms[1] / "steps.jsonl")] == list(range(1, 19))
+    for entry in lines(arms[1] / "log.jsonl"):
+        losses = [step["loss"] for step in lines(arms[1] / "steps.jsonl") if step["epoch"] == entry["epoch"]]
+        assert entry["loss"] == pytest.approx(np.mean(losses), rel=1e-12)
     exact, near = (load_file(arm / "model.safetensors") for arm in arms[::2])
     assert max((exact[name].double() - near[name].double()).abs().max() for name in exact) < 1e-5
     events = EventAccumulator(str(arms[1] / "events")).Reload()
