@@ -15,7 +15,7 @@ import torch
 
 from hpcguard.cluster.devices import pick_device
 from hpcguard.cluster.plan import attribution_identity, require_plan
-from hpcguard.cluster.ranks import Place, is_first_rank, launched_here, run_ranks, start_as_rank, torch_rank
+from hpcguard.cluster.ranks import Place, launched_here, run_ranks, start_as_rank, torch_rank
 from hpcguard.config import Config, TrainingConfig
 from hpcguard.data import ImageSet, load_images
 from hpcguard.errors import InputError
@@ -83,7 +83,7 @@ def _survey(
     config: Config, arms: list[str], folder: RunFolder, images: ImageSet, world: Place | None
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """What each arm's weights depend on, and the arms that are still to be trained, checked."""
-    left_out = _quarantined(folder)
+    left_out = _quarantined(folder) if set(arms) != {"baseline"} else []  # a baseline comes before any store
     identities = {arm: _identity(config, config.arm(arm), folder, images) for arm in arms}
     for arm in set(arms) - {"baseline"} if left_out else ():
         identities[arm]["quarantined"] = left_out
@@ -93,7 +93,7 @@ def _survey(
     for arm in arms:
         if arm not in todo:
             say(f"refine: {arm} is trained already: {folder.weights(arm)}")
-    if todo and is_first_rank():
+    if todo:
         folder.create()
         folder.record_config(config, ("baseline", "refinement", "controls"))
     return identities, todo

@@ -312,7 +312,7 @@ CASES: list[tuple[str, str, Callable[[Case], object], list[str]]] = [
     ("shards is a file", "attribute", lambda c: no_folder(c.run / "shards"), ["shards"]),
     ("checkpoints is a file", "refine", lambda c: no_folder(c.run / "checkpoints"), ["checkpoints"]),
     ("nested DeepSpeed type", "refine", lambda c: deepspeed(c, '{"zero_optimization": 3}'), ["wrong type"]),
-    ("half precision", "refine", lambda c: deepspeed(c, '{"torch_autocast": {"enabled": true}}'), ["is refused"]),
+    ("half precision", "refine", lambda c: deepspeed(c, '{"bf16": {"enabled": true}}'), ["bf16 is refused"]),
     ("a recursive anchor", "attribute", lambda c: overwrite(c.config, "data: &a {name: *a}"), ["config.yaml"]),
     ("status of no run", "status", lambda c: c.set("run=/no/such/run"), ["/no/such/run", "no such folder"]),
 ]  # fmt: skip

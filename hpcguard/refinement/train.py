@@ -181,7 +181,7 @@ def _stop_at(step: int, epoch: int, ids: np.ndarray, figures: np.ndarray, rate: 
     bad = ", ".join(name for name, column in zip(TERMS, figures.T, strict=True) if not np.isfinite(column).all())
     raise InputError(
         f"the loss is not finite in step {step + 1} ({bad}); its images are in {path}; "
-        "lower learning_rate or set clip; the same command goes on from the last checkpoint"
+        f"lower learning_rate or set clip, and delete {path and path.parent}, for with other settings it begins again"
     )
 
 

@@ -130,7 +130,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_images(tmp_path: Path) -> None
         return batch
 
     batches, watch = Batches(poisoned, np.arange(100, 140)), Watch(not_finite=path)
-    with pytest.raises(InputError, match=f"the loss is not finite in step .*adversarial.*{path}"):
+    with pytest.raises(InputError, match=f"the loss is not finite in step .*adversarial.*{path}; .*delete {tmp_path}"):
         train(engine, average, batches, None, config, place, done, watch)
     written = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     (share,) = written["shares"]
@@ -198,6 +198,9 @@ def test_kill_and_stop_and_another_number_of_processes(
     assert lines(arms[0] / "log.jsonl") == lines(arms[1] / "log.jsonl")
     assert lines(arms[0] / "steps.jsonl") == lines(arms[1] / "steps.jsonl")
     assert [entry["step"] for entry in lines(arms[1] / "steps.jsonl")] == list(range(1, 19))
+    for entry in lines(arms[1] / "log.jsonl"):
+        losses = [step["loss"] for step in lines(arms[1] / "steps.jsonl") if step["epoch"] == entry["epoch"]]
+        assert entry["loss"] == pytest.approx(np.mean(losses), rel=1e-12)
     exact, near = (load_file(arm / "model.safetensors") for arm in arms[::2])
     assert max((exact[name].double() - near[name].double()).abs().max() for name in exact) < 1e-5
     events = EventAccumulator(str(arms[1] / "events")).Reload()
