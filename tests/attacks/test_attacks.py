@@ -1,16 +1,21 @@
 """FGSM and PGD on models with a known answer; AutoAttack through its library."""
 
 import math
+from typing import Literal
 
+import pyautoattack
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from hpcguard.attacks import autoattack, fgsm, pgd, random_start
+from hpcguard.config import DataConfig
+from hpcguard.data import load_images
 from hpcguard.errors import InputError
 from hpcguard.metrics.accuracy import wilson_interval
 from hpcguard.metrics.robustness import is_right, survives, survives_pgd
+from hpcguard.models.small_cnn import SmallCNN
 
 
 @pytest.fixture
@@ -99,6 +104,43 @@ def test_attacks_stay_in_the_ball_and_in_the_pixel_range() -> None:
             assert not attacked.requires_grad
             before, after = (functional.cross_entropy(model(each), y) for each in (x, attacked))
             assert after > before
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[nn.Module, Tensor, Tensor]:
+    """A small network that tells handwritten digits apart, and test images of them."""
+    torch.manual_seed(0)
+    train, test = (load_images(DataConfig(name="digits", size=16), split) for split in ("train", "test"))
+    net = SmallCNN(10, 1, width=8)
+    optimizer = torch.optim.Adam(net.parameters(), 0.01)
+    x, y = torch.from_numpy(train.images(train.ids)), torch.from_numpy(train.labels)
+    for _ in range(6):
+        for part in torch.randperm(len(x)).split(64):
+            optimizer.zero_grad()
+            functional.cross_entropy(net(x[part]), y[part]).backward()
+            optimizer.step()
+    ids = test.ids[:120]
+    return net.eval(), torch.from_numpy(test.images(ids)), torch.from_numpy(test.labels_of(ids))
+
+
+@pytest.mark.parametrize(("norm", "library", "eps"), [("linf", "Linf", 0.03), ("l2", "L2", 0.4)])
+def test_pgd_is_as_strong_as_the_librarys_attack(
+    trained: tuple[nn.Module, Tensor, Tensor], norm: Literal["linf", "l2"], library: str, eps: float
+) -> None:
+    """APGD on the same loss (Croce & Hein 2020), which sets its own steps, in as many of them."""
+    net, x, y = trained
+    right = net(x).argmax(1) == y
+    noise = torch.empty_like(x).uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
+    attacked = pgd(net, x, y, eps, 40, start=random_start(x, noise, eps, norm), norm=norm)
+    ours = float((right & (net(attacked).argmax(1) == y)).double().mean())
+    attack = pyautoattack.AutoAttack(
+        net, norm=library, eps=eps, seed=0, device="cpu", version="custom", attacks=["apgd-ce"]
+    )
+    attack.apgd.n_restarts, attack.apgd.n_iter = 1, 40
+    _, predicted = attack.run_standard_evaluation(x, y, batch_size=200)
+    theirs = float((predicted == y).double().mean())
+    assert 0.15 < theirs < float(right.double().mean()) - 0.2
+    assert abs(ours - theirs) <= 0.03
 
 
 def test_pgd_does_not_depend_on_the_batch() -> None:
