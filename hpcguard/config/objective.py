@@ -43,7 +43,7 @@ class MaskingConfig(Section):
 
 class SensitivityConfig(Section):
     weight: Weight = 1.0
-    """Weight of the squared input gradient of the true-class margin over flagged segments; 0: off."""
+    """Weight of the squared norm of the true-class margin's input gradient over flagged segments; 0: off."""
     every: int = Field(1, gt=0)
     """Apply it in every k-th step, with k times the weight."""
     at: Literal["start", "clean"] = "start"

@@ -18,12 +18,13 @@ def margin_gradient(logits: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def sensitivity_penalty(gradient: Tensor, pixels: Tensor) -> Tensor:
-    """Mean over images and input coordinates of (M * d margin / dx)^2.
+    """Mean over images of |M * d margin / dx|^2, summed over the input's coordinates.
 
-    The paper's L_reg (arXiv 2601.00968) with the margin of the true class for its logit; `gradient` is [B, C, H, W],
-    `pixels` M bool [B, 1, H, W].
+    The paper's L_reg (arXiv 2601.00968) with the margin of the true class for its logit, and a sum for its mean over
+    coordinates, so that a weight means the same for images of any size. `gradient` is [B, C, H, W], `pixels` M bool
+    [B, 1, H, W].
     """
-    return (gradient * pixels).square().mean()
+    return (gradient * pixels).square().flatten(1).sum(1).mean()
 
 
 def divergence(reference: Tensor, other: Tensor) -> Tensor:

@@ -42,11 +42,11 @@ def test_the_penalty_and_its_gradient_on_a_quadratic_model() -> None:
     with_penalty = step(x, y, pixels, torch.zeros_like(x), 3.0)
     # margin = sum (a - b) x^2, so its gradient is 2 (a - b) x
     assert true_class_margin(step.model(x), y).item() == pytest.approx((SLOPE * IMAGE**2).sum())
-    assert step.terms[3].item() == pytest.approx(((2 * SLOPE * IMAGE * FLAGGED) ** 2).mean())
+    assert step.terms[3].item() == pytest.approx(((2 * SLOPE * IMAGE * FLAGGED) ** 2).sum())
     without = step(x, y, pixels, torch.zeros_like(x), 0.0)
     (gradient,) = torch.autograd.grad(with_penalty - without, step.model.weight)
-    # d/da_j mean (2 (a - b) x)^2 = 8 (a - b) x^2 / 4, on flagged pixels only; the opposite for b
-    expected = 3 * 8 * SLOPE * IMAGE**2 * FLAGGED / 4
+    # d/da_j sum (2 (a - b) x)^2 = 8 (a - b) x^2, on flagged pixels only; the opposite for b
+    expected = 3 * 8 * SLOPE * IMAGE**2 * FLAGGED
     assert gradient[0].numpy() == pytest.approx(expected, rel=1e-5)
     assert gradient[1].numpy() == pytest.approx(-expected, rel=1e-5)
 
@@ -60,7 +60,7 @@ def test_the_penalty_and_the_masked_loss_on_a_linear_model() -> None:
     x = torch.tensor(IMAGE, dtype=torch.float32).reshape(1, 1, 2, 2)
     step(x, torch.tensor([1]), torch.tensor(FLAGGED == 1).reshape(1, 1, 2, 2), torch.zeros_like(x), 1.0)
     difference = np.array([-1.0, 3.0, 1.0, -1.0]) * FLAGGED  # true class 1 less class 0
-    assert step.terms[3].item() == pytest.approx((difference**2).mean())
+    assert step.terms[3].item() == pytest.approx((difference**2).sum())
     logits = weight.numpy() @ np.where(FLAGGED, 0.5, IMAGE)
     assert step.terms[2].item() == pytest.approx(np.log(np.exp(logits).sum()) - logits[1], rel=1e-5)
 
