@@ -383,7 +383,7 @@ class Net(torch.nn.Module):
     def forward(self, x):
         if len(x) > 2:
             raise RuntimeError('boom')
-        return x.new_zeros(len(x), 10)
+        return self.w * x.mean((1, 2, 3))[:, None].expand(-1, 10)
 """
 
 

@@ -26,6 +26,7 @@ from hpcguard.config import ModelConfig, load_config
 from hpcguard.data import load_images
 from hpcguard.models import build_model
 from hpcguard.runs import claimed, is_claimed
+from hpcguard.store.schema import COLUMN
 
 SEGMENTS = """
 import hashlib, os, time
@@ -205,7 +206,8 @@ def test_too_little_memory_is_answered_by_smaller_batches(config: Path, whole: d
         name = path.with_suffix(".h5").name
         with h5py.File(path.with_suffix(".h5")) as one, h5py.File(config.parent / "whole/shards" / name) as other:
             for column in other:
-                assert np.allclose(one[column][:], other[column][:], atol=1e-6, equal_nan=True), column
+                last_bit = 2.0**-11 if COLUMN[column].bits < 23 else 1e-5
+                assert np.allclose(one[column][:], other[column][:], last_bit, 1e-6, equal_nan=True), column
 
 
 def test_a_lock_is_given_back_by_a_killed_process_and_leaves_no_file(tmp_path: Path) -> None:

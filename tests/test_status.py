@@ -213,7 +213,7 @@ def test_watch_prints_a_line_a_change_until_nothing_runs(folder: RunFolder) -> N
         assert process.stdout is not None
         assert "1 of 6 shards, running 1" in process.stdout.readline()
         publish(folder, 1)
-    rest, _ = process.communicate(timeout=20)
+    rest, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "2 of 6 shards, running 0" in rest
     assert "incomplete, 2 of 6" in rest  # at the end, everything
@@ -230,7 +230,7 @@ def test_watch_on_a_terminal_until_interrupted(folder: RunFolder) -> None:
         while b"report" not in shown:
             shown += os.read(ours, 4096)
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=20) == 0
+        assert process.wait(timeout=60) == 0
         os.close(ours)
     assert b"running 1" in shown
 
