@@ -408,5 +408,5 @@ def test_a_code_error_in_a_worker_is_status_one_with_a_log(
     records = [json.loads(path.read_text()) for path in (run / "failures").glob("*.json")]
     assert all(record["kind"] == "error" and record["final"] and "in forward" in record["tail"] for record in records)
     assert len(records) == failed >= 3
-    assert "stopped early: 3 shards failed with the same error" in output
+    assert f"stopped early: {failed} shards failed with the same error" in output  # two workers: three or four
     assert json.loads((run / "plan.json").read_text())["unit"] == 8
