@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 
 from hpcguard.errors import InputError
-from hpcguard.store.schema import COLUMN, schema_problem
+from hpcguard.store.schema import COLUMN, RECOMPUTE, schema_problem
 
 MOST_OPEN = 256  # files at a time: a store may have ten thousand shards, a process often but 1,024 files
 BLOCK_BYTES = 2**18  # decoded; what one read should have at least, for h5py's own cost of a read to vanish
@@ -49,7 +49,7 @@ class StoreReader:
         if "image_id" not in layouts or self.schema is None:
             raise InputError(f"{store}: holds no schema and image_id, so it is no store of hpcguard's")
         if problem := schema_problem(self.schema):
-            raise InputError(f"{store}: {problem}; make it again with the stage that made it")
+            raise InputError(f"{store}: {problem}; {RECOMPUTE}")
         self.pieces = layouts["image_id"]
         if {name: shape[0] for name, shape in self.shapes.items() if shape[0] != len(self)}:
             raise InputError(f"{store}: damaged, its columns have different lengths")

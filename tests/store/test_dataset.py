@@ -40,6 +40,8 @@ def make_rows(ids: np.ndarray, segments: int) -> dict[str, np.ndarray]:
         elif column.dtype[0] in "iu":
             rows[name] = random.integers(0, 10, rows[name].shape)
     maps = random.integers(0, count[:, None, None], (len(ids), 6, 5))
+    rows["target"][:, 0] = ids % 10
+    rows["num_samples"] += 1
     return {**rows, "image_id": ids, "label": ids % 10, "num_segments": count, "segments": maps}
 
 
