@@ -17,8 +17,9 @@ def make_rows(
     }
     for name in ("sensitivity", "instability"):
         padded[name] = np.where(present[:, 0], generator.random((len(ids), segments)), np.nan).astype("f4")
-    for name in ("standard_error", "interval"):
-        padded[name] = np.abs(padded[name])
+    padded["coefficients"][..., ::4] /= 1000  # of those that say nothing, there are some
+    padded["standard_error"] = np.abs(padded["standard_error"])
+    padded["interval"] = np.abs(padded["interval"]) / 50
     label, others = ids % 10, generator.integers(0, 10, (len(ids), labels - 1))
     flat = {name: generator.random((len(ids), labels), "f4") for name in ("probability", "intercept", "score")}
     return {

@@ -115,9 +115,7 @@ def rows_problem(rows: dict[str, np.ndarray], classes: int | None = None) -> str
         for axis, size in zip(column.axes, shape, strict=True):
             if sizes.setdefault(axis, size) != size:
                 return f"{name} has {size} along {axis}, others {sizes[axis]}"
-    return (
-        _segments_problem(rows, sizes["S"]) or _floats_problem(rows, sizes["S"]) or _classes_problem(rows, classes)
-    )
+    return _segments_problem(rows, sizes["S"]) or _floats_problem(rows, sizes["S"]) or _classes_problem(rows, classes)
 
 
 def _segments_problem(rows: dict[str, np.ndarray], widest: int) -> str | None:

@@ -11,6 +11,7 @@ from hpcguard.errors import InputError
 from hpcguard.runs import digest_file, publish, read_json, read_sealed
 from hpcguard.store.schema import COLUMN, COLUMNS, RECOMPUTE, attributes, schema_problem
 from hpcguard.store.shard import LIBVER
+from hpcguard.store.sink import new_file
 
 REDO = "run `python -m hpcguard.consolidate` on this run again"
 
@@ -26,8 +27,21 @@ def build_view(
 
     Columns are as wide as the widest source; what a narrower one does not provide reads as the column's fill value.
     """
+    with publish(store) as temporary:
+        write_view(temporary, store, sources, manifests, fingerprint, identity)
+
+
+def write_view(
+    path: Path,
+    store: Path,
+    sources: Sequence[Path],
+    manifests: Sequence[Mapping[str, Any]],
+    fingerprint: str,
+    identity: Mapping[str, Any] | None = None,
+) -> None:
+    """The view to be published as `store`, into `path`. Raises OSError where the disk is full."""
     widths = store_shapes(manifests)
-    with publish(store) as temporary, h5py.File(temporary, "w", libver=LIBVER) as file:
+    with new_file(path, store, libver=LIBVER) as (file, _):
         file.attrs.update(attributes(fingerprint, identity))
         for column in COLUMNS:
             dtype, rest = widths[column.name]
