@@ -55,7 +55,7 @@ from hpcguard.shards import Explainer, classifier
 from hpcguard.store import AttributionDataset, BlockShuffled, ShardWriter, Unit, build_view, shard_problem
 from hpcguard.store.pack import group_shards, pack_shards
 from hpcguard.store.reading import StoreReader
-from hpcguard.store.schema import COLUMN, COLUMNS, PACKED_CHUNK, SHARD_CHUNK, chunk_rows
+from hpcguard.store.schema import BETWEEN, COLUMN, COLUMNS, PACKED_CHUNK, SHARD_CHUNK, chunk_rows
 from hpcguard.store.shard import LIBVER, read_manifest
 from hpcguard.store.view import store_shapes
 
@@ -258,7 +258,10 @@ def random_rows(ids: np.ndarray, maps: np.ndarray, random: np.random.Generator) 
             continue
         shape = (count, *({"L": LABELS, "S": SEGMENTS}[axis] for axis in column.axes[1:]))
         floats = column.dtype == "f4"
-        rows[column.name] = random.normal(0, 0.01, shape) if floats else random.integers(0, 10, shape)
+        rows[column.name] = random.normal(0, 0.01, shape) if floats else random.integers(1, 10, shape)
+        if column.name in BETWEEN:
+            rows[column.name] = abs(rows[column.name])
+    rows["target"][:, 0] = rows["label"]
     return rows
 
 
@@ -385,8 +388,9 @@ def part_read(arguments: argparse.Namespace) -> Figures:
         packed = AttributionDataset(packed_store(store), images, memory=False)
         mapped = memory_maps(folder, held)
         blocks = BlockShuffled(disk, READ_BATCH)
-        order = list(blocks._order(0, len(images)))
-        batches = np.split(np.concatenate(order), range(READ_BATCH, len(images), READ_BATCH))
+        # What BlockShuffled gives, so that images are read in the same order.
+        batches = [np.searchsorted(images.ids, batch["image_id"].numpy()) for batch in BlockShuffled(held, READ_BATCH)]
+        parts = [np.sort(np.concatenate(part)) for part in batched(batches, blocks.part_rows // READ_BATCH)]
         one = next(iter(blocks))
         again = disk.complete(batches[0], {name: each[batches[0]] for name, each in mapped.items()})
         assert all(torch.equal(one[name].nan_to_num(), again[name].nan_to_num()) for name in again)
@@ -397,7 +401,7 @@ def part_read(arguments: argparse.Namespace) -> Figures:
             "memmap": lambda: list_lengths(
                 disk.complete(own, {name: each[own] for name, each in mapped.items()}) for own in batches
             ),
-            "store_rows": lambda: [disk.decode(part) for part in order],
+            "store_rows": lambda: [disk.decode(part) for part in parts],
             "memmap_rows": lambda: [each[own] for own in batches for each in mapped.values()],
         }
         wall, cpu = in_turns(tasks, arguments.rounds)
@@ -435,7 +439,8 @@ def readable_store(folder: Path, arguments: argparse.Namespace) -> tuple[Path, I
     for start in range(0, len(images), arguments.read_shard):
         ids = images.ids[start : start + arguments.read_shard]
         rows = {name: each[ids % len(distinct["label"])] for name, each in distinct.items()}
-        rows |= {"image_id": ids, "label": images.labels_of(ids)}
+        labels = images.labels_of(ids)
+        rows |= {"image_id": ids, "label": labels, "target": np.stack([labels, (labels + 1) % 10], 1)}
         path, manifest = folder / f"shards/{len(shards)}.h5", folder / f"shards/{len(shards)}.json"
         manifests.append(ShardWriter(path, manifest, "bench", "u1").publish(ids, [Unit(rows, 1.0)]))
         shards.append(path)
@@ -453,8 +458,8 @@ def packed_store(store: Path) -> Path:
     for group in group_shards([path.stat().st_size for path in shards]):
         packed.append(store.parent / f"packed/{len(packed)}.h5")
         packed[-1].parent.mkdir(exist_ok=True)
-        own = [shards[index] for index in group]
-        described.append(pack_shards(packed[-1], own, store_shapes(manifests), "bench", {}))
+        digests = {shards[index]: manifests[index]["sha256"] for index in group}
+        described.append(pack_shards(packed[-1], digests, store_shapes(manifests), "bench", {}))
     build_view(store.with_name("packed.h5"), packed, described, "bench")
     return store.with_name("packed.h5")
 
@@ -472,7 +477,12 @@ def read_rows(count: int) -> dict[str, np.ndarray]:
         for column in COLUMNS if column.name != "segments"
     }  # fmt: skip
     rows["coefficients"] *= random.choice([-1, 1], rows["coefficients"].shape).astype(np.float32)
+    rows["num_samples"] += 1
     return {**rows, "segments": maps, "num_segments": np.full(count, READ_SEGMENTS)}
+
+
+def batched(batches: list[np.ndarray], count: int) -> Iterator[list[np.ndarray]]:
+    yield from (batches[start : start + count] for start in range(0, len(batches), count))
 
 
 def memory_maps(folder: Path, held: AttributionDataset) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from hpcguard.errors import InputError
 from hpcguard.runs import digest_file, digest_json, publish, to_disk
-from hpcguard.store.schema import COLUMN, COLUMNS, COMPRESSION, PACKED_CHUNK, attributes, chunk_rows
+from hpcguard.store.schema import COLUMN, COLUMNS, COMPRESSION, attributes, packed_chunk_rows
 from hpcguard.store.shard import LIBVER, row_blocks
 from hpcguard.store.sink import Sink, new_file
 
@@ -69,11 +69,11 @@ def _rows(shard: Path) -> int:
 
 
 def _create(file: h5py.File, shapes: Mapping[str, tuple[np.dtype, tuple[int, ...]]], total: int) -> None:
+    chunks = packed_chunk_rows(shapes, total)
     for column in COLUMNS:
         dtype, rest = shapes[column.name]
-        shape = (total, *rest)
         file.create_dataset(
-            column.name, shape, dtype, chunks=(chunk_rows(shape, dtype, PACKED_CHUNK), *rest),
+            column.name, (total, *rest), dtype, chunks=(chunks[column.name], *rest),
             fillvalue=np.array(column.fill).astype(dtype), **COMPRESSION,
         )  # fmt: skip
 

@@ -13,6 +13,7 @@ SCHEMA_VERSION = 2  # 2: interval, effective_samples, sensitivity and instabilit
 SHARD_CHUNK = 32 << 10  # bytes of a chunk of a shard: random rows want small ones
 PACKED_CHUNK = 256 << 10  # of a packed file, which is read in blocks: compression and block reads want large ones
 MOST_CHUNK_ROWS = 4096
+MOST_DECODED = 256  # rows of a chunk of a packed file
 COMPRESSION: dict[str, Any] = {"compression": "gzip", "compression_opts": 4, "shuffle": True, "fletcher32": True}
 BLOCK = 8 << 20  # bytes of rows held at once where a whole file is looked at
 
@@ -54,6 +55,7 @@ RECOMPUTE = (
     "run `python -m hpcguard.attribute RUN`, then `python -m hpcguard.consolidate RUN`, to compute it again (of test "
     "images `python -m hpcguard.evaluate RUN`)"
 )
+DECODED = ("segments", "coefficients")  # the columns that batches for training may hold
 OPTIONAL = ("sensitivity", "instability")  # NaN in every row where they were not computed
 
 
@@ -74,6 +76,15 @@ def attributes(fingerprint: str, identity: Mapping[str, Any] | None) -> dict[str
 
 def schema_problem(version: object) -> str | None:
     return None if version == SCHEMA_VERSION else f"has schema {version}, this hpcguard reads {SCHEMA_VERSION}"
+
+
+def packed_chunk_rows(shapes: Mapping[str, tuple[np.dtype, tuple[int, ...]]], total: int) -> dict[str, int]:
+    """Rows of a chunk of each column of a packed file.
+
+    As many in all that training decodes, and few: blocks are of whole chunks, and many blocks are to be mixed.
+    """
+    rows = {name: chunk_rows((total, *rest), dtype, PACKED_CHUNK) for name, (dtype, rest) in shapes.items()}
+    return {name: min(each, rows["segments"], MOST_DECODED) if name in DECODED else each for name, each in rows.items()}
 
 
 def chunk_rows(shape: Sequence[int], dtype: np.dtype, target: int) -> int:
