@@ -41,7 +41,7 @@ class StoreReader:
                 schema, self.fingerprint = file.attrs.get("schema"), str(file.attrs.get("fingerprint", ""))
                 self.schema = schema.item() if isinstance(schema, np.generic) else schema
                 extents = self._describe(file)
-        except (OSError, KeyError) as error:
+        except (OSError, KeyError, RuntimeError) as error:
             raise InputError(f"{store}: cannot be read as a store ({error})") from error
         if "image_id" not in self.shapes or self.schema is None:
             raise InputError(f"{store}: holds no schema and image_id, so it is no store of hpcguard's")
@@ -162,7 +162,7 @@ class StoreReader:
             else:  # a shard of fewer segments than the widest
                 out[...] = np.array(COLUMN[name].fill).astype(out.dtype)
                 out[(slice(None), *map(slice, dataset.shape[1:]))] = dataset[source]
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(
                 f"{piece.path}: {name} cannot be read ({error}); run `hpcguard inspect {self.store} --verify`"
             ) from error
