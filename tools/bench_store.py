@@ -2,7 +2,8 @@
 """Measure hpcguard's store: bytes an image, what writing and verifying cost, how long a
 consolidation takes, and how fast one trains from it.
 
-  python tools/bench_store.py [--json] [--parts size,write,read,loader,consolidate] [--cifar10 DIR] [--weights FILE]
+  python tools/bench_store.py [--json] [--check] [--parts size,write,read,loader,consolidate]
+      [--cifar10 DIR] [--weights FILE]
 
 size         bytes of an explanation in a shard, and against float32 maps at 224x224
 write        writing, verifying and publishing a shard against computing it (ResNet-20, 256 samples)
@@ -64,6 +65,18 @@ DEFAULT_PARTS = "size,write,read,loader,consolidate"
 SLIC = {"segmentation": "slic", "num_segments": 50, "num_samples": 256, "unit": 16}
 NORM = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 Figures = dict[str, float | None]
+GOALS = {  # what --check asks of the figures that were measured
+    "bytes_per_image": ("at most", 900),
+    "ratio_to_dense_maps_224": ("at most", 0.1),
+    "write_overhead": ("at most", 0.02),
+    "read_vs_memmap": ("at least", 0.2),
+    "read_packed_vs_memmap": ("at least", 0.2),
+    "read_in_memory_vs_memmap": ("at least", 0.9),
+    "loader_share": ("at most", 0.02),
+    "consolidate_1m_s": ("at most", 120),
+    "mpi_speedup": ("at least", 1.6),
+    "peak_memory_ratio": ("at most", 1.1),  # of ten times the rows
+}
 
 
 @contextmanager
@@ -230,6 +243,7 @@ def part_consolidate(arguments: argparse.Namespace) -> Figures:
         "repack_1m_s": packed["seconds"],
         "peak_memory_mb": max(each["memory_mb"] for each in found[2]),
         "peak_memory_of_a_tenth_of_the_rows_mb": small["memory_mb"],
+        "peak_memory_ratio": max(each["memory_mb"] for each in found[2]) / small["memory_mb"],
     }
 
 
@@ -572,6 +586,15 @@ def timed(
 
 
 # ------------------------------------------------------------------------------------------------------------ main
+def missed(figures: dict[str, Any]) -> list[str]:
+    """Goals that the measured figures miss, in words; a figure that was not measured misses none."""
+    return [
+        f"{name} is {figures[name]:.4g}, {how} {bound:g} is asked for"
+        for name, (how, bound) in GOALS.items()
+        if figures.get(name) is not None and (figures[name] > bound if how == "at most" else figures[name] < bound)
+    ]
+
+
 def hardware() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
@@ -582,6 +605,7 @@ def hardware() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a figure misses its goal (GOALS in this file)")
     parser.add_argument("--parts", default=DEFAULT_PARTS, help=f"some of {','.join(PARTS)}")
     parser.add_argument("--images", type=int, default=512, help="explained for size, write and compression")
     parser.add_argument("--rounds", type=int, default=5)
@@ -615,7 +639,10 @@ def main() -> int:
     if arguments.json:
         versions = {"h5py": h5py.__version__, "hdf5": h5py.version.hdf5_version}
         print(json.dumps({**figures, "hardware": hardware(), **versions, "load": load}))
-    return 0
+    found = missed(figures) if arguments.check else []
+    for line in found:
+        print(f"bench_store: {line}", file=sys.stderr)
+    return 1 if found else 0
 
 
 if __name__ == "__main__":
