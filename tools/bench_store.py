@@ -10,6 +10,7 @@ write        writing, verifying and publishing a shard against computing it (Res
 read         batches through AttributionDataset against the same rows from an uncompressed np.memmap
 loader       share of a refinement step of ResNet-18 (CPU, batch 64, PGD-10) spent waiting for data
 consolidate  1,000 shards of 1,000 rows, written by the real writer: verified and joined by 1 rank and by 2
+view         a view over 10,000 shards, of which none is there: made, and opened (only where --parts names it)
 compression  sizes and speeds of filters, for docs/store_compression.md; hdf5plugin's own where it is installed
              (only where --parts names it)
 
@@ -60,7 +61,7 @@ from hpcguard.store.schema import BETWEEN, COLUMN, COLUMNS, PACKED_CHUNK, SHARD_
 from hpcguard.store.shard import LIBVER, read_manifest
 from hpcguard.store.view import store_shapes
 
-PARTS = ("size", "write", "read", "loader", "consolidate", "compression")
+PARTS = ("size", "write", "read", "loader", "consolidate", "view", "compression")
 DEFAULT_PARTS = "size,write,read,loader,consolidate"
 SLIC = {"segmentation": "slic", "num_segments": 50, "num_samples": 256, "unit": 16}
 NORM = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -322,6 +323,41 @@ def counted(function: Callable[..., Any], cpu: dict[str, float], name: str) -> C
             cpu[name] += time.process_time() - started
 
     return call
+
+
+# ------------------------------------------------------------------------------------------------------------ view
+def part_view(arguments: argparse.Namespace) -> Figures:
+    """A view over 10,000 shards is made, and opened by another process: seconds of CPU, memory beside the imports'."""
+    count, sizes = 10_000, {"L": LABELS, "S": SEGMENTS, "H": SIZE, "W": SIZE}
+    shapes = {column.name: [100, *(sizes[axis] for axis in column.axes[1:])] for column in COLUMNS}
+    dtypes = {column.name: "|u1" if column.name == "segments" else column.dtype for column in COLUMNS}
+    manifest = {"columns": {name: [dtypes[name], shapes[name]] for name in shapes}}
+    with temporary_folder() as folder:
+        shards = [folder / f"shards/{index:05d}.h5" for index in range(count)]
+        making = measured(lambda: build_view(folder / "store.h5", shards, [manifest] * count, "bench"))
+        opening = measured(lambda: StoreReader(folder / "store.h5"))
+    return {
+        "view_of_10000_s": making[0], "view_of_10000_mb": making[1],
+        "open_view_of_10000_s": opening[0], "open_view_of_10000_mb": opening[1],
+    }  # fmt: skip
+
+
+def measured(task: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of CPU and further MB of a task in a child of this process."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        started = time.process_time()
+        task()
+        more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        os.write(writing, json.dumps([time.process_time() - started, more / 1024]).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        seconds, more = json.loads(pipe.read())
+    os.waitpid(child, 0)
+    return seconds, more
 
 
 # ----------------------------------------------------------------------------------------------------- compression
