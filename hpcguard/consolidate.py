@@ -3,12 +3,13 @@
 Every planned image must be there exactly once, in shards whose bytes fit their manifests; otherwise nothing is
 published, and the shards to redo are named. Writes RUN/store.h5 (a virtual view) and RUN/store.json (statistics,
 digests of all sources); with --repack also RUN/packed, a few large files laid out for training, over which the view
-then lies. Starts its own ranks with cluster.mpi_ranks, or runs under mpiexec or srun --mpi.
+then lies, until --no-repack. Starts its own ranks with cluster.mpi_ranks, or runs under mpiexec or srun --mpi.
 """
 
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from hpcguard.cluster.environment import check_tasks
 from hpcguard.cluster.plan import Plan, attribution_identity, require_plan
 from hpcguard.cluster.ranks import Communicator, communicator, mpi_command, run_mpi, under_mpi
 from hpcguard.config import Config, SpuriousConfig
@@ -25,10 +27,18 @@ from hpcguard.errors import InputError
 from hpcguard.metrics.attribution import Sums, combine_statistics, row_statistics, summarise, summarise_classes
 from hpcguard.progress import say
 from hpcguard.refinement.spurious import is_computed, judge
-from hpcguard.runs import RunFolder, digest_file, write_sealed
+from hpcguard.runs import (
+    RunFolder,
+    digest_file,
+    exclusive,
+    publish_together,
+    remove_temporaries,
+    sealed_text,
+    size,
+)
 from hpcguard.store import (
     attributes,
-    build_view,
+    generation,
     group_shards,
     pack_shards,
     read_manifest,
@@ -36,6 +46,7 @@ from hpcguard.store import (
     shard_problem,
     store_shapes,
     view_problem,
+    write_view,
 )
 
 EXAMPLE = (
@@ -57,36 +68,64 @@ class Verified:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--repack", action="store_true", help="copy the shards into few large files for training")
+    parser.add_argument(
+        "--repack", action=argparse.BooleanOptionalAction,
+        help="copy the shards into few large files for training; without either a store stays as it is laid out",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What rank 0 finds out for all ranks: they need no images, and must all do the same."""
+
+    plan: Plan
+    ids: np.ndarray
+    classes: tuple[str, ...]
+    repack: bool
+    done: bool
 
 
 def run(config: Config, arguments: argparse.Namespace) -> int:
-    folder = RunFolder(config.run)
-    images = load_images(config.data, "train")
-    identity = attribution_identity(config, images, digest_file(folder.explained_weights(config)))
-    plan = require_plan(folder.plan, identity)
-    if not under_mpi():
-        if _is_done(folder, plan, arguments.repack):
-            say(f"consolidate: {folder.store} is there and fits its {plan.num_shards} shards")
-            return 0
-        if config.cluster.mpi_ranks > 1 and (command := mpi_command(config.cluster.mpi_ranks, _own_command(arguments))):
-            return run_mpi(command)
-    consolidate(
-        folder, plan, images.ids, images.classes, config.refinement.spurious, communicator(), arguments.repack,
-        config.cluster.quarantine,
-    )  # fmt: skip
+    ranks = 1 if under_mpi() else config.cluster.mpi_ranks
+    if ranks > 1 and (command := mpi_command(ranks, _own_command(arguments))):
+        return run_mpi(command)
+    folder, world = RunFolder(config.run), communicator()
+    check_tasks(world.size)
+    # One consolidation of a run at a time: another one would delete the packed files that this one publishes.
+    with exclusive(folder.path) if world.rank == 0 and folder.path.is_dir() else nullcontext():
+        asked: Asked = world.bcast(_ask(config, folder, arguments.repack) if world.rank == 0 else None)
+        if not asked.done:
+            consolidate(
+                folder, asked.plan, asked.ids, asked.classes, config.refinement.spurious, world, asked.repack,
+                config.cluster.quarantine,
+            )  # fmt: skip
+        elif world.rank == 0:
+            say(f"consolidate: {folder.store} is there and fits its {asked.plan.num_shards} shards")
     return 0
 
 
 def _own_command(arguments: argparse.Namespace) -> list[str]:
-    repack = ["--repack"] if arguments.repack else []
+    repack = {None: [], True: ["--repack"], False: ["--no-repack"]}[arguments.repack]
     return [sys.executable, "-m", "hpcguard.consolidate", arguments.config, *arguments.overrides, *repack]
 
 
-def _is_done(folder: RunFolder, plan: Plan, repack: bool) -> bool:
-    if view_problem(folder.store, folder.store_manifest, plan.fingerprint):
-        return False
-    return not repack or bool(read_store_manifest(folder.store_manifest).get("packed"))
+def _ask(config: Config, folder: RunFolder, repack: bool | None) -> Asked:
+    """repack: None: as the store is laid out, if there is one."""
+    images = load_images(config.data, "train")
+    identity = attribution_identity(config, images, digest_file(folder.explained_weights(config)))
+    plan = require_plan(folder.plan, identity)
+    packed = bool(_record(folder).get("packed"))
+    wanted = packed if repack is None else repack
+    done = wanted == packed and view_problem(folder.store, folder.store_manifest, plan.fingerprint) is None
+    return Asked(plan, images.ids, images.classes, wanted, done)
+
+
+def _record(folder: RunFolder) -> dict[str, Any]:
+    """store.json, or nothing where there is none that can be read."""
+    try:
+        return read_store_manifest(folder.store_manifest)
+    except InputError:
+        return {}
 
 
 def consolidate(
@@ -102,6 +141,8 @@ def consolidate(
         found = {index: each for part in gathered for index, each in part.manifests.items()}
         manifests = [found[index] for index in range(plan.num_shards)]
         _check_quarantine(folder, plan, manifests, quarantine)
+        if repack:
+            _remove_unfinished(folder, generation(manifests))
     packed = _pack(folder, plan, world, world.bcast(manifests)) if repack else {}
     if gathered is not None:
         sums = {group: part for rank in gathered for group, part in rank.sums.items()}
@@ -127,7 +168,8 @@ def _verify(
             blocks: list[Sums] = []
             visit = partial(_add_up, blocks, num_classes, spurious)
             shard, manifest = folder.shard(index), folder.manifest(index)
-            if problem := shard_problem(shard, manifest, plan.shard_ids(index, ids), plan.fingerprint, visit=visit):
+            own = plan.shard_ids(index, ids)
+            if problem := shard_problem(shard, manifest, own, plan.fingerprint, visit=visit, classes=num_classes):
                 found.problems[index] = problem
                 continue
             found.manifests[index] = {**read_manifest(manifest), "bytes": shard.stat().st_size, "configuration": None}
@@ -186,36 +228,86 @@ def _check_quarantine(folder: RunFolder, plan: Plan, manifests: Sequence[Mapping
 def _pack(
     folder: RunFolder, plan: Plan, world: Communicator, manifests: Sequence[Mapping[str, Any]]
 ) -> dict[int, dict[str, Any]]:
-    """Packed files by number, on rank 0; rank r has written files r, r + size, ... of them."""
-    shapes = store_shapes(manifests)
+    """Packed files by number, on rank 0; rank r has written files r, r + size, ... of them.
+
+    None of them replaces a file of another generation: what is published stays whole until store.json names these.
+    """
+    shapes, name = store_shapes(manifests), generation(manifests)
     own: dict[int, dict[str, Any]] = {}
     folder.packed.mkdir(mode=0o700, exist_ok=True)
-    for number, group in enumerate(group_shards([manifest["bytes"] for manifest in manifests])):
-        if number % world.size == world.rank:
-            shards = [folder.shard(index) for index in group]
-            own[number] = pack_shards(folder.packed_file(number), shards, shapes, plan.fingerprint, plan.identity)
+    try:
+        for number, group in enumerate(group_shards([manifest["bytes"] for manifest in manifests])):
+            if number % world.size == world.rank:
+                target = folder.packed_file(name, number)
+                shards = {folder.shard(index): manifests[index]["sha256"] for index in group}
+                described = pack_shards(target, shards, shapes, plan.fingerprint, plan.identity)
+                own[number] = {**described, "file": target.name}
+    except BaseException:  # a full disk: leave it as full as it was
+        published = _packed_sources(folder)
+        for target in {folder.packed_file(name, number) for number in own} - published:
+            target.unlink(missing_ok=True)
+        raise
     gathered = world.gather(own)
     return {number: each for part in gathered or [] for number, each in part.items()}
+
+
+def _packed_sources(folder: RunFolder) -> set[Path]:
+    """Packed files under the store that is published."""
+    paths = {folder.path / source for source in _record(folder).get("sources", {})}
+    return {path for path in paths if path.parent == folder.packed}
+
+
+def _remove_unfinished(folder: RunFolder, name: str) -> None:
+    """What killed repackings of other shards have left; the caller holds the run's lock."""
+    published = _packed_sources(folder)
+    for path in folder.packed.glob("*.h5"):
+        if path not in published and not path.name.startswith(name):
+            path.unlink(missing_ok=True)
+    for path in folder.packed.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def _publish(
     folder: RunFolder, plan: Plan, manifests: Sequence[Mapping[str, Any]], packed: Mapping[int, Mapping[str, Any]],
     statistics: Mapping[str, Any],
 ) -> None:  # fmt: skip
+    """View and manifest; then what the former store had and this one has not is deleted."""
+    former = _packed_sources(folder)
     sources: Sequence[Path] = [folder.shard(index) for index in range(plan.num_shards)]
     described = manifests
     if packed:
-        sources = [folder.packed_file(number) for number in range(len(packed))]
         described = [packed[number] for number in range(len(packed))]
-    build_view(folder.store, sources, described, plan.fingerprint, plan.identity)
-    record: dict[str, Any] = {
+        sources = [folder.packed / each["file"] for each in described]
+    _check_sources(sources, described)
+    remove_temporaries(folder.store, folder.store_manifest)
+    with publish_together(folder.store, folder.store_manifest) as (view, manifest):
+        write_view(view, folder.store, sources, described, plan.fingerprint, plan.identity)
+        record = _describe(folder, plan, manifests, sources, described, statistics)
+        manifest.write_text(sealed_text({**record, "sha256": digest_file(view)}), encoding="utf-8")
+    for stale in former - set(sources):
+        stale.unlink(missing_ok=True)
+
+
+def _check_sources(sources: Sequence[Path], described: Sequence[Mapping[str, Any]]) -> None:
+    """InputError unless the files are still there, in the size in which they were verified or written."""
+    for source, each in zip(sources, described, strict=True):
+        if size(source) != each["bytes"]:
+            raise InputError(f"{source}: has changed or gone since it was verified; run the same command again")
+
+
+def _describe(
+    folder: RunFolder, plan: Plan, manifests: Sequence[Mapping[str, Any]], sources: Sequence[Path],
+    described: Sequence[Mapping[str, Any]], statistics: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """What store.json says beside the digest of the view."""
+    packed = described is not manifests
+    return {
         **attributes(plan.fingerprint, plan.identity),
         "configuration": plan.identity,
-        "sha256": digest_file(folder.store),
         "images": sum(manifest["rows"] for manifest in manifests),
         "quarantined": sorted(_left_out(manifests)),
         "shards": plan.num_shards,
-        "packed": len(packed),
+        "packed": len(described) if packed else 0,
         "worker_seconds": round(sum(manifest["seconds"] for manifest in manifests), 1),
         **statistics,
         "sources": {
@@ -223,9 +315,6 @@ def _publish(
             for source, manifest in zip(sources, described, strict=True)
         },
     }
-    write_sealed(folder.store_manifest, record)
-    for stale in set(folder.packed.glob("*.h5")) - set(sources) if folder.packed.is_dir() else ():
-        stale.unlink()
 
 
 def _report(folder: RunFolder, plan: Plan, summary: Mapping[str, float], ranks: int, packed: int) -> None:

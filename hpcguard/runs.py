@@ -1,6 +1,7 @@
 """RunFolder: the only place where the file names of a run exist; atomic publishing and digests."""
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -98,8 +99,9 @@ class RunFolder:
         """Shards copied into few large files, by consolidate --repack."""
         return self.path / "packed"
 
-    def packed_file(self, number: int) -> Path:
-        return self.packed / f"{number:03d}.h5"
+    def packed_file(self, generation: str, number: int) -> Path:
+        """generation: a name of what was packed, so that no file under a published store is ever replaced."""
+        return self.packed / f"{generation}-{number:03d}.h5"
 
     @property
     def logs(self) -> Path:
@@ -255,20 +257,46 @@ def publish(path: Path) -> Iterator[Path]:
     Whatever happens, `path` is either the old file or the whole new one. The temporary name is unique to this
     attempt, so two writers cannot mix their bytes.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    try:
+    with publish_together(path) as (temporary,):
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+
+
+@contextmanager
+def publish_together(*paths: Path) -> Iterator[list[Path]]:
+    """publish for files of one folder that belong together: none is renamed before all are on the disk.
+
+    They are renamed in their order. Between two renames the first is new and the others are old: let the last be the
+    one that says what the others must be.
+    """
+    folder = paths[0].parent
+    folder.mkdir(parents=True, exist_ok=True)
+    temporaries = [_temporary(path) for path in paths]
+    try:
+        yield temporaries
+        for temporary in temporaries:
+            to_disk(temporary)
+        for temporary, path in zip(temporaries, paths, strict=True):
+            temporary.replace(path)
+        to_disk(folder)
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
+
+
+def to_disk(path: Path) -> None:
+    """fsync a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_temporaries(*paths: Path) -> None:
+    """What killed writers of these files have left. Only for who holds their lock: other writers would lose theirs."""
+    for path in paths:
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            left.unlink(missing_ok=True)
 
 
 def publish_json_once(path: Path, values: Mapping[str, Any]) -> bool:
@@ -286,6 +314,11 @@ def publish_json_once(path: Path, values: Mapping[str, Any]) -> bool:
 
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+
+
+def sealed_text(values: Mapping[str, Any]) -> str:
+    """What write_sealed publishes."""
+    return _json_text(sealed(values))
 
 
 def _json_text(values: Mapping[str, Any]) -> str:

@@ -29,7 +29,7 @@ from hpcguard.data import ImageSet, load_images
 from hpcguard.errors import InputError
 from hpcguard.metrics.stability import noise_instability
 from hpcguard.models import fastest_layout, for_inference, load_model
-from hpcguard.runs import RunFolder, claimed, digest_file, read_json
+from hpcguard.runs import RunFolder, claimed, digest_file, read_json, remove_temporaries
 from hpcguard.store import Journal, ShardWriter, Unit, read_journal, rows_from, shard_problem, unit_problem
 
 SegmentedBlock = tuple[np.ndarray, np.ndarray, np.ndarray | None]
@@ -74,7 +74,7 @@ class ShardTask:
             with claimed(self.folder.lock(index)) as ours:
                 if not self._problem(index, ids):
                     if ours:
-                        self._forget_journals(index)  # whoever published it was ended before it could
+                        self._forget(index)  # whoever published it was ended before it could
                     report(len(self.plan.units(index, self.images.ids)))  # another process has done it meanwhile
                     return
                 if ours:
@@ -121,9 +121,11 @@ class ShardTask:
         writer.publish(
             ids, units, shard=index, attempts=[path.name.split(".", 1)[1].removesuffix(".units") for path in journals]
         )
-        self._forget_journals(index)
+        self._forget(index)
 
-    def _forget_journals(self, index: int) -> None:
+    def _forget(self, index: int) -> None:
+        """Journals of a published shard, and what its killed writers left beside it."""
+        remove_temporaries(self.folder.shard(index), self.folder.manifest(index))
         for path in self.folder.journals(index):
             path.unlink(missing_ok=True)
 

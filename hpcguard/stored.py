@@ -10,7 +10,7 @@ from hpcguard.config import Config, load_config
 from hpcguard.data import ImageSet, load_images
 from hpcguard.errors import InputError
 from hpcguard.runs import RunFolder, digest_file, run_of
-from hpcguard.store import StoreReader, read_manifest, read_store_manifest, view_problem
+from hpcguard.store import StoreReader, read_manifest, read_store_manifest, shard_problem, view_problem
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,40 @@ class Stored:
             if recorded is not None and recorded != len(self.reader):
                 problem = f"{path}: {len(self.reader)} rows, its manifest says {recorded}"
             return problem, f"digests of {1 + len(self.reader.files())} files"
-        manifest = path.with_suffix(".json")
-        if folder is not None and path.resolve().parent == folder.shards.resolve():
-            recorded = read_manifest(manifest)["sha256"]
-            same = recorded == digest_file(path)
-            return None if same else f"{path}: its bytes differ from the manifest's digest", "digest of the file"
+        place = path.resolve()
+        if folder is not None and place.parent == folder.shards.resolve():
+            return self._shard_problem(folder)
+        if folder is not None and place.parent == folder.packed.resolve():
+            return self._packed_problem(folder)
         return None, "no digest, for there is no manifest of it"
+
+    def _shard_problem(self, folder: RunFolder) -> tuple[str | None, str]:
+        """Against the plan: file, manifest and ids; without the ids where the images are not at hand."""
+        path, plan = self.path, read_plan(folder.plan)
+        index = next((k for k in range(plan.num_shards) if folder.shard(k).name == path.name), None)
+        if index is None:
+            return f"{path}: no shard of this plan, which has {plan.num_shards}; remove it", ""
+        recorded, checked = read_manifest(folder.manifest(index)), "digest of the file, the plan's ids"
+        problem = None if recorded["file"] == path.name else f"a duplicate of {recorded['file']}"
+        if recorded["sha256"] != digest_file(path):
+            problem = "its bytes differ from the manifest's digest"
+        if problem is None:  # of damaged files not even the size of the images can be read
+            try:
+                ids = plan.shard_ids(index, self.images().ids)
+                problem = shard_problem(path, folder.manifest(index), ids, plan.fingerprint, values=False)
+            except InputError:
+                checked = "digest of the file (not which images it must hold: they are not at hand)"
+        redo = f"run `python -m hpcguard.attribute {folder.path}` to redo it"
+        return f"{path}: {problem}; {redo}" if problem else None, checked
+
+    def _packed_problem(self, folder: RunFolder) -> tuple[str | None, str]:
+        recorded = read_store_manifest(folder.store_manifest)["sources"]
+        name = f"{folder.packed.name}/{self.path.name}"
+        if name not in recorded:
+            return f"{self.path}: not under {folder.store}, which is over other files; remove it", ""
+        if recorded[name] != digest_file(self.path):
+            return f"{self.path}: has changed since it was made; run consolidate on this run again", ""
+        return None, "digest of the file"
 
 
 def find_store(source: Path, overrides: list[str]) -> Stored:

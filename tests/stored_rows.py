@@ -17,11 +17,15 @@ def make_rows(
     }
     for name in ("sensitivity", "instability"):
         padded[name] = np.where(present[:, 0], generator.random((len(ids), segments)), np.nan).astype("f4")
+    padded["coefficients"][..., ::4] /= 1000  # of those that say nothing, there are some
+    padded["standard_error"] = np.abs(padded["standard_error"])
+    padded["interval"] = np.abs(padded["interval"]) / 50
+    label, others = ids % 10, generator.integers(0, 10, (len(ids), labels - 1))
     flat = {name: generator.random((len(ids), labels), "f4") for name in ("probability", "intercept", "score")}
     return {
-        "image_id": ids.astype("i8"), "label": (ids % 10).astype("i4"), "predicted": (ids % 7).astype("i4"),
+        "image_id": ids.astype("i8"), "label": label.astype("i4"), "predicted": (ids % 7).astype("i4"),
         "segments": generator.integers(0, count[:, None, None], (len(ids), size, size)).astype("u2"),
-        "num_segments": count.astype("u2"), "target": generator.integers(0, 10, (len(ids), labels)).astype("i4"),
+        "num_segments": count.astype("u2"), "target": np.column_stack([label, others]).astype("i4"),
         "effective_samples": generator.random(len(ids), "f4"), "num_samples": np.full(len(ids), 64, "u4"),
         **padded, **flat,
     }  # fmt: skip

@@ -1,5 +1,6 @@
 """The benches say what they promise; the figures themselves are for a quiet machine."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -50,6 +51,20 @@ def store_figures(*arguments: str) -> dict[str, Any]:
 def test_store_consolidates_with_one_rank_and_with_two() -> None:
     figures = store_figures("--parts", "consolidate", "--shards", "12", "--rows", "20")
     assert {"consolidate_1m_s", "mpi_speedup", "peak_memory_mb", "hardware", "hdf5"} <= figures.keys()
+
+
+@pytest.mark.parametrize(("size", "status"), [(900, 0), (901, 1)])
+def test_store_checks_the_goals_of_what_it_measured(
+    size: float, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = importlib.util.spec_from_file_location("bench_store", STORE)
+    assert spec and spec.loader
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    monkeypatch.setattr(bench, "part_size", lambda arguments: {"bytes_per_image": size, "mpi_speedup": None})
+    monkeypatch.setattr(sys, "argv", ["bench_store.py", "--parts", "size", "--check"])
+    assert bench.main() == status
+    assert capsys.readouterr().err == status * "bench_store: bytes_per_image is 901, at most 900 is asked for\n"
 
 
 def test_store_reads_the_same_rows_as_a_memmap() -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 from hpcguard.cli import run_stage
 from hpcguard.config import load_config
 from hpcguard.data import load_images
+from hpcguard.runs import read_sealed, write_sealed
 from hpcguard.store.schema import COLUMN
 
 Rows = dict[str, np.ndarray]
@@ -82,7 +83,7 @@ def test_a_shard_alone_and_a_moved_store_are_read_too(
     assert json.loads(said(capsys, "inspect", lone, "--json"))["images"] == 32
     assert "no digest" in said(capsys, "inspect", lone, "--verify")
     verified = said(capsys, "inspect", attributed / "shards/00001.h5", "--verify")
-    assert "digest of the file and the values of 32 rows" in verified
+    assert "digest of the file, the plan's ids and the values of 32 rows" in verified
 
 
 def test_an_explanation_in_numbers(attributed: Path, rows: Rows, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,6 +163,30 @@ def test_verify_finds_what_is_wrong(copy: Path, capfd: pytest.CaptureFixture[str
     shard.unlink()
     assert "00002.h5 is missing" in refused(capfd, "inspect", copy, "--verify")
     assert "00002.h5" in refused(capfd, "inspect", copy)
+
+
+def test_verify_compares_a_shard_with_the_plan(copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A shard that is sound, and in the place of another."""
+    shards = copy / "shards"
+    for suffix in ("h5", "json"):
+        shutil.copy(shards / f"00001.{suffix}", shards / f"00003.{suffix}")
+    assert "a duplicate of 00001.h5" in refused(capfd, "inspect", shards / "00003.h5", "--verify")
+    recorded = read_sealed(shards / "00003.json", "")
+    write_sealed(shards / "00003.json", {**recorded, "file": "00003.h5"})
+    assert "other image ids than planned" in refused(capfd, "inspect", shards / "00003.h5", "--verify")
+    shutil.copy(shards / "00001.h5", shards / "00009.h5")
+    assert "no shard of this plan" in refused(capfd, "inspect", shards / "00009.h5", "--verify")
+
+
+def test_verify_knows_the_digests_of_packed_files(copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_stage("consolidate", [str(copy), "--repack"]) == 0
+    packed = min((copy / "packed").glob("*.h5"))
+    assert "verified digest of the file and" in said(capfd, "inspect", packed, "--verify")
+    with h5py.File(packed, "r+") as file:
+        file["coefficients"][0, :, 0] = 0.5
+    assert "has changed since it was made" in refused(capfd, "inspect", packed, "--verify")
+    shutil.copy(packed, copy / "packed/other.h5")
+    assert "not under" in refused(capfd, "inspect", copy / "packed/other.h5", "--verify")
 
 
 @pytest.mark.parametrize(
@@ -287,7 +312,7 @@ CASES: list[tuple[str, list[str], Callable[[Path], object] | None, list[str]]] =
     ("inspect", ["{run}"], lambda run: (run / "store.h5").unlink(), ["no store yet", "consolidate"]),
     ("inspect", ["{run}"], garbage, ["store.h5", "cannot be read as a store"]),
     ("inspect", ["{run}/plan.json"], None, ["plan.json", "cannot be read as a store"]),
-    ("inspect", ["{run}"], old_schema, ["has schema 0", "reads"]),
+    ("inspect", ["{run}"], old_schema, ["has schema 0", "python -m hpcguard.attribute RUN"]),
     ("inspect", ["{run}", "--image", "99999"], None, ["--image 99999", "120 ids"]),
     ("inspect", ["{run}", "--picture", "a.png"], None, ["--picture a.png", "--image"]),
     ("inspect", ["{run}", "--image", "0", "--picture", "a.jpg"], None, ["a.jpg", "PNG"]),

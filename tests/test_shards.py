@@ -22,10 +22,12 @@ import yaml
 from PIL import Image
 
 from hpcguard.cli import run_stage
+from hpcguard.cluster.plan import Plan
 from hpcguard.config import ModelConfig, load_config
 from hpcguard.data import load_images
 from hpcguard.models import build_model
-from hpcguard.runs import claimed, is_claimed
+from hpcguard.runs import RunFolder, claimed, is_claimed
+from hpcguard.shards import ShardTask
 from hpcguard.store.schema import COLUMN
 
 SEGMENTS = """
@@ -228,3 +230,13 @@ def test_a_lock_is_given_back_by_a_killed_process_and_leaves_no_file(tmp_path: P
         assert ours and path.exists()
     assert not path.exists()
     assert not is_claimed(path)
+
+
+def test_torn_files_of_killed_writers_go_under_the_shard_s_lock(config: Path) -> None:
+    loaded = load_config(config)
+    folder, plan = RunFolder(loaded.run), Plan({}, "print", 8, [0, 32, 64])
+    folder.shards.mkdir(parents=True)
+    for name in (".00000.h5.1-a.tmp", ".00000.json.1-a.tmp", ".00001.h5.1-a.tmp"):
+        (folder.shards / name).touch()
+    ShardTask(loaded, plan, 1, "attempt")._forget(0)
+    assert [path.name for path in folder.shards.iterdir()] == [".00001.h5.1-a.tmp"]

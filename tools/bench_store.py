@@ -2,13 +2,15 @@
 """Measure hpcguard's store: bytes an image, what writing and verifying cost, how long a
 consolidation takes, and how fast one trains from it.
 
-  python tools/bench_store.py [--json] [--parts size,write,read,loader,consolidate] [--cifar10 DIR] [--weights FILE]
+  python tools/bench_store.py [--json] [--check] [--parts size,write,read,loader,consolidate]
+      [--cifar10 DIR] [--weights FILE]
 
 size         bytes of an explanation in a shard, and against float32 maps at 224x224
 write        writing, verifying and publishing a shard against computing it (ResNet-20, 256 samples)
 read         batches through AttributionDataset against the same rows from an uncompressed np.memmap
 loader       share of a refinement step of ResNet-18 (CPU, batch 64, PGD-10) spent waiting for data
 consolidate  1,000 shards of 1,000 rows, written by the real writer: verified and joined by 1 rank and by 2
+view         a view over 10,000 shards, of which none is there: made, and opened (only where --parts names it)
 compression  sizes and speeds of filters, for docs/store_compression.md; hdf5plugin's own where it is installed
              (only where --parts names it)
 
@@ -56,15 +58,27 @@ from hpcguard.shards import Explainer, classifier
 from hpcguard.store import AttributionDataset, BlockShuffled, ShardWriter, Unit, build_view, shard_problem
 from hpcguard.store.pack import group_shards, pack_shards
 from hpcguard.store.reading import StoreReader
-from hpcguard.store.schema import COLUMN, COLUMNS, PACKED_CHUNK, SHARD_CHUNK, chunk_rows
+from hpcguard.store.schema import BETWEEN, COLUMN, COLUMNS, PACKED_CHUNK, SHARD_CHUNK, chunk_rows
 from hpcguard.store.shard import LIBVER, read_manifest
 from hpcguard.store.view import store_shapes
 
-PARTS = ("size", "write", "read", "loader", "consolidate", "compression")
+PARTS = ("size", "write", "read", "loader", "consolidate", "view", "compression")
 DEFAULT_PARTS = "size,write,read,loader,consolidate"
 SLIC = {"segmentation": "slic", "num_segments": 50, "num_samples": 256, "unit": 16}
 NORM = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 Figures = dict[str, float | None]
+GOALS = {  # what --check asks of the figures that were measured
+    "bytes_per_image": ("at most", 900),
+    "ratio_to_dense_maps_224": ("at most", 0.1),
+    "write_overhead": ("at most", 0.02),
+    "read_vs_memmap": ("at least", 0.2),
+    "read_packed_vs_memmap": ("at least", 0.2),
+    "read_in_memory_vs_memmap": ("at least", 0.9),
+    "loader_share": ("at most", 0.02),
+    "consolidate_1m_s": ("at most", 120),
+    "mpi_speedup": ("at least", 1.6),
+    "peak_memory_ratio": ("at most", 1.1),  # of ten times the rows
+}
 
 
 @contextmanager
@@ -231,6 +245,7 @@ def part_consolidate(arguments: argparse.Namespace) -> Figures:
         "repack_1m_s": packed["seconds"],
         "peak_memory_mb": max(each["memory_mb"] for each in found[2]),
         "peak_memory_of_a_tenth_of_the_rows_mb": small["memory_mb"],
+        "peak_memory_ratio": max(each["memory_mb"] for each in found[2]) / small["memory_mb"],
     }
 
 
@@ -259,7 +274,10 @@ def random_rows(ids: np.ndarray, maps: np.ndarray, random: np.random.Generator) 
             continue
         shape = (count, *({"L": LABELS, "S": SEGMENTS}[axis] for axis in column.axes[1:]))
         floats = column.dtype == "f4"
-        rows[column.name] = random.normal(0, 0.01, shape) if floats else random.integers(0, 10, shape)
+        rows[column.name] = random.normal(0, 0.01, shape) if floats else random.integers(1, 10, shape)
+        if column.name in BETWEEN:
+            rows[column.name] = abs(rows[column.name])
+    rows["target"][:, 0] = rows["label"]
     return rows
 
 
@@ -306,6 +324,41 @@ def counted(function: Callable[..., Any], cpu: dict[str, float], name: str) -> C
             cpu[name] += time.process_time() - started
 
     return call
+
+
+# ------------------------------------------------------------------------------------------------------------ view
+def part_view(arguments: argparse.Namespace) -> Figures:
+    """A view over 10,000 shards is made, and opened by another process: seconds of CPU, memory beside the imports'."""
+    count, sizes = 10_000, {"L": LABELS, "S": SEGMENTS, "H": SIZE, "W": SIZE}
+    shapes = {column.name: [100, *(sizes[axis] for axis in column.axes[1:])] for column in COLUMNS}
+    dtypes = {column.name: "|u1" if column.name == "segments" else column.dtype for column in COLUMNS}
+    manifest = {"columns": {name: [dtypes[name], shapes[name]] for name in shapes}}
+    with temporary_folder() as folder:
+        shards = [folder / f"shards/{index:05d}.h5" for index in range(count)]
+        making = measured(lambda: build_view(folder / "store.h5", shards, [manifest] * count, "bench"))
+        opening = measured(lambda: StoreReader(folder / "store.h5"))
+    return {
+        "view_of_10000_s": making[0], "view_of_10000_mb": making[1],
+        "open_view_of_10000_s": opening[0], "open_view_of_10000_mb": opening[1],
+    }  # fmt: skip
+
+
+def measured(task: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of CPU and further MB of a task in a child of this process."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        started = time.process_time()
+        task()
+        more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        os.write(writing, json.dumps([time.process_time() - started, more / 1024]).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        seconds, more = json.loads(pipe.read())
+    os.waitpid(child, 0)
+    return seconds, more
 
 
 # ----------------------------------------------------------------------------------------------------- compression
@@ -386,8 +439,9 @@ def part_read(arguments: argparse.Namespace) -> Figures:
         packed = AttributionDataset(packed_store(store), images, memory=False)
         mapped = memory_maps(folder, held)
         blocks = BlockShuffled(disk, READ_BATCH)
-        order = list(blocks._order(0, len(images)))
-        batches = np.split(np.concatenate(order), range(READ_BATCH, len(images), READ_BATCH))
+        # What BlockShuffled gives, so that images are read in the same order.
+        batches = [np.searchsorted(images.ids, batch["image_id"].numpy()) for batch in BlockShuffled(held, READ_BATCH)]
+        parts = [np.sort(np.concatenate(part)) for part in batched(batches, blocks.part_rows // READ_BATCH)]
         one = next(iter(blocks))
         again = disk.complete(batches[0], {name: each[batches[0]] for name, each in mapped.items()})
         assert all(torch.equal(one[name].nan_to_num(), again[name].nan_to_num()) for name in again)
@@ -398,7 +452,7 @@ def part_read(arguments: argparse.Namespace) -> Figures:
             "memmap": lambda: list_lengths(
                 disk.complete(own, {name: each[own] for name, each in mapped.items()}) for own in batches
             ),
-            "store_rows": lambda: [disk.decode(part) for part in order],
+            "store_rows": lambda: [disk.decode(part) for part in parts],
             "memmap_rows": lambda: [each[own] for own in batches for each in mapped.values()],
         }
         wall, cpu = in_turns(tasks, arguments.rounds)
@@ -436,7 +490,8 @@ def readable_store(folder: Path, arguments: argparse.Namespace) -> tuple[Path, I
     for start in range(0, len(images), arguments.read_shard):
         ids = images.ids[start : start + arguments.read_shard]
         rows = {name: each[ids % len(distinct["label"])] for name, each in distinct.items()}
-        rows |= {"image_id": ids, "label": images.labels_of(ids)}
+        labels = images.labels_of(ids)
+        rows |= {"image_id": ids, "label": labels, "target": np.stack([labels, (labels + 1) % 10], 1)}
         path, manifest = folder / f"shards/{len(shards)}.h5", folder / f"shards/{len(shards)}.json"
         manifests.append(ShardWriter(path, manifest, "bench", "u1").publish(ids, [Unit(rows, 1.0)]))
         shards.append(path)
@@ -454,8 +509,8 @@ def packed_store(store: Path) -> Path:
     for group in group_shards([path.stat().st_size for path in shards]):
         packed.append(store.parent / f"packed/{len(packed)}.h5")
         packed[-1].parent.mkdir(exist_ok=True)
-        own = [shards[index] for index in group]
-        described.append(pack_shards(packed[-1], own, store_shapes(manifests), "bench", {}))
+        digests = {shards[index]: manifests[index]["sha256"] for index in group}
+        described.append(pack_shards(packed[-1], digests, store_shapes(manifests), "bench", {}))
     build_view(store.with_name("packed.h5"), packed, described, "bench")
     return store.with_name("packed.h5")
 
@@ -473,7 +528,12 @@ def read_rows(count: int) -> dict[str, np.ndarray]:
         for column in COLUMNS if column.name != "segments"
     }  # fmt: skip
     rows["coefficients"] *= random.choice([-1, 1], rows["coefficients"].shape).astype(np.float32)
+    rows["num_samples"] += 1
     return {**rows, "segments": maps, "num_segments": np.full(count, READ_SEGMENTS)}
+
+
+def batched(batches: list[np.ndarray], count: int) -> Iterator[list[np.ndarray]]:
+    yield from (batches[start : start + count] for start in range(0, len(batches), count))
 
 
 def memory_maps(folder: Path, held: AttributionDataset) -> dict[str, np.ndarray]:
@@ -563,6 +623,15 @@ def timed(
 
 
 # ------------------------------------------------------------------------------------------------------------ main
+def missed(figures: dict[str, Any]) -> list[str]:
+    """Goals that the measured figures miss, in words; a figure that was not measured misses none."""
+    return [
+        f"{name} is {figures[name]:.4g}, {how} {bound:g} is asked for"
+        for name, (how, bound) in GOALS.items()
+        if figures.get(name) is not None and (figures[name] > bound if how == "at most" else figures[name] < bound)
+    ]
+
+
 def hardware() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
@@ -573,6 +642,7 @@ def hardware() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a figure misses its goal (GOALS in this file)")
     parser.add_argument("--parts", default=DEFAULT_PARTS, help=f"some of {','.join(PARTS)}")
     parser.add_argument("--images", type=int, default=512, help="explained for size, write and compression")
     parser.add_argument("--rounds", type=int, default=5)
@@ -606,7 +676,10 @@ def main() -> int:
     if arguments.json:
         versions = {"h5py": h5py.__version__, "hdf5": h5py.version.hdf5_version}
         print(json.dumps({**figures, "hardware": hardware(), **versions, "load": load}))
-    return 0
+    found = missed(figures) if arguments.check else []
+    for line in found:
+        print(f"bench_store: {line}", file=sys.stderr)
+    return 1 if found else 0
 
 
 if __name__ == "__main__":

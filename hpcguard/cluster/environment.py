@@ -45,6 +45,19 @@ def job_environment(extra: Sequence[str] = ()) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name in extra or _is_kept(name)}
 
 
+def check_tasks(world: int) -> None:
+    """InputError where srun started several tasks, and this one is alone in its MPI world: each would do all the work.
+
+    world: its size. srun without --mpi makes such tasks, and so does an MPI without support for the one given.
+    """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+    if tasks > 1 and world == 1 and "SLURM_PROCID" in os.environ:
+        raise InputError(
+            f"srun started {tasks} tasks, and MPI knows of one: start them with `srun --mpi=pmix "
+            "--kill-on-bad-exit=1` (`srun --mpi=list` shows what there is), or with `mpiexec`"
+        )
+
+
 @contextmanager
 def only_job_environment(extra: Sequence[str] = ()) -> Iterator[None]:
     """os.environ is job_environment(extra) for the block: submitit calls sbatch with os.environ."""

@@ -5,11 +5,11 @@ from hpcguard.store.contents import describe, rows_of, stored_problem
 from hpcguard.store.dataset import AttributionDataset
 from hpcguard.store.export import write_npz, write_plain
 from hpcguard.store.journal import Journal, Unit, read_journal
-from hpcguard.store.pack import group_shards, pack_shards
+from hpcguard.store.pack import generation, group_shards, pack_shards
 from hpcguard.store.reading import StoreReader
 from hpcguard.store.schema import SCHEMA_VERSION, attributes, rows_from
 from hpcguard.store.shard import ShardWriter, read_manifest, shard_problem, unit_problem, write_rows
-from hpcguard.store.view import build_view, open_rows, read_store_manifest, store_shapes, view_problem
+from hpcguard.store.view import build_view, open_rows, read_store_manifest, store_shapes, view_problem, write_view
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -22,6 +22,7 @@ __all__ = [
     "attributes",
     "build_view",
     "describe",
+    "generation",
     "group_shards",
     "open_rows",
     "pack_shards",
@@ -38,4 +39,5 @@ __all__ = [
     "write_npz",
     "write_plain",
     "write_rows",
+    "write_view",
 ]

@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 from hpcguard.data import ImageSet
 from hpcguard.errors import InputError
 from hpcguard.store.reading import StoreReader
+from hpcguard.store.schema import DECODED
 
-DECODED = ("segments", "coefficients")  # the columns that batches may hold
 FLAGGING = ("image_id", "num_segments", "label", "target", "coefficients", "standard_error")
 SELDOM = ("interval", "sensitivity", "instability", "segments")  # what only some criteria need, read where asked for
 HELD_BYTES = 2**30  # a store whose decoded columns take at most so much is held in memory unless one says otherwise
@@ -43,7 +43,9 @@ class AttributionDataset(Dataset[dict[str, Tensor]]):
 
     memory: hold the decoded columns in memory; None: where they take at most HELD_BYTES. May be pickled, and read by
     forked and by spawned DataLoader workers: each opens files of its own (and reads anew what is held, if spawned).
-    Raises InputError if an image has no row.
+    Raises InputError if an image has no row or several, and if rows are of images of another size or class. That the
+    images are those that were explained, pixel by pixel, is not looked at here: their digest takes as long as reading
+    them all, and is compared with the plan's where a stage begins.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class AttributionDataset(Dataset[dict[str, Tensor]]):
         self.images, self.columns = images, tuple(columns)
         self.reader = StoreReader(store)
         self.positions = _join(store, self.reader.column("image_id"), images)
+        _check_joined(self.reader, self.positions, images)
         segments = self.reader.shapes["coefficients"][2]
         label = np.dtype(np.uint8 if segments <= 256 else np.uint16)
         self._dtypes = {"segments": label, "coefficients": np.dtype(np.float32)}
@@ -119,9 +122,27 @@ class AttributionDataset(Dataset[dict[str, Tensor]]):
         return held
 
 
+def _check_joined(reader: StoreReader, positions: np.ndarray, images: ImageSet) -> None:
+    """Ids alone fit whatever has as many images: compare sizes and classes too."""
+    if images.shape[1:] != reader.shapes["segments"][1:]:
+        shown, stored = ("x".join(map(str, each)) for each in (images.shape[1:], reader.shapes["segments"][1:]))
+        raise InputError(f"{reader.store}: explains images of {stored}, {images.name} has {shown}; change data.size")
+    labels = reader.column("label")[positions]
+    if len(wrong := np.flatnonzero(labels != images.labels)):
+        first = wrong[0]
+        raise InputError(
+            f"{reader.store}: {len(wrong)} of {len(images)} images have another class than in {images.name} "
+            f"{images.split} (image {images.ids[first]}: {labels[first]}, there {images.labels[first]}): these are "
+            "other images; attribute and train with the same data section"
+        )
+
+
 def _join(store: Path, stored: np.ndarray, images: ImageSet) -> np.ndarray:
     """The store's row of every image; `stored` are the ids of its rows."""
     order = np.argsort(stored, kind="stable")
+    ascending = stored[order]
+    if len(twice := ascending[1:][ascending[1:] == ascending[:-1]]):
+        raise InputError(f"{store}: image {twice[0]} has several rows; attribute, then consolidate, again")
     found = np.searchsorted(stored, images.ids, sorter=order)
     positions = order[np.minimum(found, len(order) - 1)] if len(order) else np.zeros(0, np.int64)
     absent = images.ids[stored[positions] != images.ids] if len(order) else images.ids

@@ -1,6 +1,6 @@
 """A selection of rows as a NumPy archive or as a plain HDF5 file: nothing of hpcguard is needed to read either."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import h5py
@@ -9,6 +9,7 @@ import numpy as np
 from hpcguard.runs import publish
 from hpcguard.store.reading import StoreReader
 from hpcguard.store.schema import COLUMN
+from hpcguard.store.sink import new_file
 
 CHUNK_BYTES = 2**16
 AXES = {"N": "image", "L": "explained label", "S": "segment", "H": "row", "W": "column"}
@@ -44,16 +45,20 @@ def write_npz(path: Path, reader: StoreReader, rows: np.ndarray, classes: Sequen
 
 def write_plain(path: Path, reader: StoreReader, rows: np.ndarray, classes: Sequence[str]) -> None:
     """One HDF5 file of HDF5's own filters that says of every column what it is; written block by block."""
-    with publish(path) as temporary, h5py.File(temporary, "w") as file:
+    with publish(path) as temporary, new_file(temporary, path) as (file, sink):
         file.attrs["schema"] = reader.schema
         file.attrs["fingerprint"] = reader.fingerprint
         if classes:
             file.attrs["classes"] = np.array(classes, h5py.string_dtype())
         for name, shape in reader.shapes.items():
-            _write_column(file, reader, name, (len(rows), *shape[1:]), rows)
+            for _ in _write_column(file, reader, name, (len(rows), *shape[1:]), rows):
+                sink.check()
 
 
-def _write_column(file: h5py.File, reader: StoreReader, name: str, shape: tuple[int, ...], rows: np.ndarray) -> None:
+def _write_column(
+    file: h5py.File, reader: StoreReader, name: str, shape: tuple[int, ...], rows: np.ndarray
+) -> Iterator[None]:
+    """Yields after every block."""
     chunk = min(len(rows), max(1, CHUNK_BYTES // max(1, reader.row_bytes([name]))))
     made = file.create_dataset(
         name, shape, reader.dtypes[name], chunks=(chunk, *shape[1:]), compression="gzip", compression_opts=4,
@@ -65,3 +70,4 @@ def _write_column(file: h5py.File, reader: StoreReader, name: str, shape: tuple[
     step = chunk * -(-1024 // chunk)
     for start in range(0, len(rows), step):
         made[start : start + step] = reader.rows(name, rows[start : start + step])
+        yield

@@ -59,9 +59,11 @@ def read_journal(path: Path, fingerprint: str) -> dict[int, Unit]:
     except FileNotFoundError:  # its shard has just been published
         return units
     with file:
+        size = os.fstat(file.fileno()).st_size
         while len(header := file.read(HEADER.size)) == HEADER.size:
             mark, length, digest = HEADER.unpack(header)
-            payload = file.read(length) if mark == MARK else b""
+            # A flipped bit of the length must not ask for all memory.
+            payload = file.read(length) if mark == MARK and length <= size - file.tell() else b""
             if len(payload) != length or hashlib.sha256(payload).digest() != digest:
                 break
             notes, unit = _unpack(payload)

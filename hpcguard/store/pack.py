@@ -1,18 +1,18 @@
 """Packed files: verified shards copied into few large files, in chunks and widths made for training."""
 
-import errno
 import itertools
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
-from hpcguard.runs import digest_file, publish
-from hpcguard.store.schema import COLUMN, COLUMNS, COMPRESSION, PACKED_CHUNK, attributes, chunk_rows
+from hpcguard.errors import InputError
+from hpcguard.runs import digest_file, digest_json, publish, to_disk
+from hpcguard.store.schema import COLUMN, COLUMNS, COMPRESSION, attributes, packed_chunk_rows
 from hpcguard.store.shard import LIBVER, row_blocks
+from hpcguard.store.sink import Sink, new_file
 
 PACKED_BYTES = 256 << 20  # of a packed file, about
 FEWEST = 4  # packed files, so that several ranks have something to do; fewer where there are fewer shards
@@ -27,33 +27,40 @@ def group_shards(sizes: Sequence[int]) -> list[range]:
     return [range(start, stop) for start, stop in itertools.pairwise(cuts) if stop > start]
 
 
+def generation(manifests: Sequence[Mapping[str, Any]]) -> str:
+    """A name for the packed files of these shards: of others, or by another HDF5, there are others beside them."""
+    return digest_json([h5py.version.hdf5_version, *(manifest["sha256"] for manifest in manifests)])[:12]
+
+
 def pack_shards(
     target: Path,
-    shards: Sequence[Path],
+    shards: Mapping[Path, str],
     shapes: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
     fingerprint: str,
     identity: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Publish one packed file, compared with its shards; its digest, rows and columns.
+    """Publish one packed file, compared with its shards; its digest, size, rows and columns.
 
-    shapes: a row of each column, see view.store_shapes. Memory: a block of rows and a chunk of each column.
-    Raises OSError where the disk is full, RuntimeError if what was written is not what was read.
+    shards: their digests. shapes: a row of each column, see view.store_shapes. Memory: a block of rows and a chunk of
+    each column. Raises OSError where the disk is full, InputError if a shard has changed since it was verified, or if
+    what was written is not what was read.
     """
     total = sum(_rows(shard) for shard in shards)
     with publish(target) as temporary:
-        try:
-            with h5py.File(temporary, "w", libver=LIBVER, rdcc_nbytes=CACHE) as file:
-                file.attrs.update(attributes(fingerprint, identity))
-                _create(file, shapes, total)
-                _copy(file, shards)
-        except (OSError, RuntimeError) as error:
-            raise _plain(error, target) from error
+        with new_file(temporary, target, libver=LIBVER, rdcc_nbytes=CACHE) as (file, sink):
+            file.attrs.update(attributes(fingerprint, identity))
+            _create(file, shapes, total)
+            _copy(file, sink, shards)
+        to_disk(temporary)
         with h5py.File(temporary, "r", rdcc_nbytes=CACHE) as file:
-            if problem := _difference(file, shards):
-                raise RuntimeError(f"{target.name}: written and read back, but {problem}")
-        digest = digest_file(temporary)
+            if problem := _difference(file, list(shards)):
+                raise InputError(f"{target}: written and read back, but {problem}; check the disk, and run it again")
+        for shard, digest in shards.items():  # after they were read twice, and the same both times
+            if digest_file(shard) != digest:
+                raise InputError(f"{shard}: changed since it was verified; run `python -m hpcguard.attribute` again")
+        packed = {"sha256": digest_file(temporary), "bytes": temporary.stat().st_size, "rows": total}
     columns = {name: [dtype.str, [total, *rest]] for name, (dtype, rest) in shapes.items()}
-    return {"sha256": digest, "rows": total, "columns": columns}
+    return {**packed, "columns": columns}
 
 
 def _rows(shard: Path) -> int:
@@ -62,16 +69,16 @@ def _rows(shard: Path) -> int:
 
 
 def _create(file: h5py.File, shapes: Mapping[str, tuple[np.dtype, tuple[int, ...]]], total: int) -> None:
+    chunks = packed_chunk_rows(shapes, total)
     for column in COLUMNS:
         dtype, rest = shapes[column.name]
-        shape = (total, *rest)
         file.create_dataset(
-            column.name, shape, dtype, chunks=(chunk_rows(shape, dtype, PACKED_CHUNK), *rest),
+            column.name, (total, *rest), dtype, chunks=(chunks[column.name], *rest),
             fillvalue=np.array(column.fill).astype(dtype), **COMPRESSION,
         )  # fmt: skip
 
 
-def _copy(file: h5py.File, shards: Sequence[Path]) -> None:
+def _copy(file: h5py.File, sink: Sink, shards: Iterable[Path]) -> None:
     start, sets = 0, _sets(file)
     for shard in shards:
         with h5py.File(shard, "r") as source:
@@ -79,6 +86,7 @@ def _copy(file: h5py.File, shards: Sequence[Path]) -> None:
                 stop = start + len(rows["image_id"])
                 for name, values in rows.items():
                     sets[name][start:stop, *(slice(size) for size in values.shape[1:])] = values
+                sink.check()
                 start = stop
 
 
@@ -110,11 +118,3 @@ def _widened(name: str, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarra
 
 def _is_float(values: np.ndarray) -> bool:
     return values.dtype.kind == "f"
-
-
-def _plain(error: Exception, target: Path) -> OSError:
-    """HDF5's paragraph about a failed write as one line."""
-    text = " ".join(str(error).split())
-    if "errno = 28" in text or os.strerror(errno.ENOSPC) in text:
-        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
-    return OSError(errno.EIO, f"cannot be written ({text[:120]})", str(target))

@@ -13,6 +13,7 @@ SCHEMA_VERSION = 2  # 2: interval, effective_samples, sensitivity and instabilit
 SHARD_CHUNK = 32 << 10  # bytes of a chunk of a shard: random rows want small ones
 PACKED_CHUNK = 256 << 10  # of a packed file, which is read in blocks: compression and block reads want large ones
 MOST_CHUNK_ROWS = 4096
+MOST_DECODED = 256  # rows of a chunk of a packed file
 COMPRESSION: dict[str, Any] = {"compression": "gzip", "compression_opts": 4, "shuffle": True, "fletcher32": True}
 BLOCK = 8 << 20  # bytes of rows held at once where a whole file is looked at
 
@@ -45,6 +46,17 @@ COLUMNS = (
     Column("num_samples", "u4", "N"),
 )
 COLUMN = {column.name: column for column in COLUMNS}
+ROUNDING = 1e-3  # of probabilities and R^2 of models in half precision
+BETWEEN = {
+    "probability": (-ROUNDING, 1 + ROUNDING), "score": (-np.inf, 1 + ROUNDING), "standard_error": (0, np.inf),
+    "interval": (0, np.inf), "sensitivity": (0, np.inf), "instability": (0, np.inf), "effective_samples": (0, np.inf),
+}  # fmt: skip
+# Nothing converts: what schema 2 added was never computed for the rows of 1, and cannot be had from them.
+RECOMPUTE = (
+    "run `python -m hpcguard.attribute RUN`, then `python -m hpcguard.consolidate RUN`, to compute it again (of test "
+    "images `python -m hpcguard.evaluate RUN`)"
+)
+DECODED = ("segments", "coefficients")  # the columns that batches for training may hold
 OPTIONAL = ("sensitivity", "instability")  # NaN in every row where they were not computed
 
 
@@ -65,6 +77,15 @@ def attributes(fingerprint: str, identity: Mapping[str, Any] | None) -> dict[str
 
 def schema_problem(version: object) -> str | None:
     return None if version == SCHEMA_VERSION else f"has schema {version}, this hpcguard reads {SCHEMA_VERSION}"
+
+
+def packed_chunk_rows(shapes: Mapping[str, tuple[np.dtype, tuple[int, ...]]], total: int) -> dict[str, int]:
+    """Rows of a chunk of each column of a packed file.
+
+    As many in all that training decodes, and few: blocks are of whole chunks, and many blocks are to be mixed.
+    """
+    rows = {name: chunk_rows((total, *rest), dtype, PACKED_CHUNK) for name, (dtype, rest) in shapes.items()}
+    return {name: min(each, rows["segments"], MOST_DECODED) if name in DECODED else each for name, each in rows.items()}
 
 
 def chunk_rows(shape: Sequence[int], dtype: np.dtype, target: int) -> int:
@@ -102,8 +123,11 @@ def _rounded(values: np.ndarray, bits: int) -> np.ndarray:
     return np.where(np.isfinite(whole), kept.view(np.float32), whole)
 
 
-def rows_problem(rows: dict[str, np.ndarray]) -> str | None:
-    """What is wrong with a block of rows, or None: shapes that disagree, values that cannot be."""
+def rows_problem(rows: dict[str, np.ndarray], classes: int | None = None) -> str | None:
+    """What is wrong with a block of rows, or None: shapes that disagree, values that cannot be.
+
+    classes: how many there are, if known.
+    """
     if missing := set(COLUMN) - set(rows):
         return f"columns {', '.join(sorted(missing))} are missing"
     sizes: dict[str, int] = {}
@@ -114,21 +138,42 @@ def rows_problem(rows: dict[str, np.ndarray]) -> str | None:
         for axis, size in zip(column.axes, shape, strict=True):
             if sizes.setdefault(axis, size) != size:
                 return f"{name} has {size} along {axis}, others {sizes[axis]}"
+    return _segments_problem(rows, sizes["S"]) or _floats_problem(rows, sizes["S"]) or _classes_problem(rows, classes)
+
+
+def _segments_problem(rows: dict[str, np.ndarray], widest: int) -> str | None:
     counts = rows["num_segments"].astype(np.int64)
-    if len(counts) and (counts.min() < 1 or counts.max() > sizes["S"]):
-        return f"num_segments lies outside 1..{sizes['S']}"
+    if len(counts) and (counts.min() < 1 or counts.max() > widest):
+        return f"num_segments lies outside 1..{widest}"
     if (rows["segments"].reshape(len(counts), -1).max(1, initial=0) >= counts).any():
         return "segments has labels past num_segments"
-    present = np.arange(sizes["S"]) < counts[:, None]
-    for name in (column.name for column in COLUMNS if column.dtype == "f4"):
-        finite = np.isfinite(rows[name])
-        if not column_is_flat(name):
-            finite |= ~(present if COLUMN[name].axes == "NS" else present[:, None])
-        if not finite.all() and not (name in OPTIONAL and np.isnan(rows[name]).all()):
-            return f"{name} holds NaN or infinite values"
     return None
 
 
-def column_is_flat(name: str) -> bool:
-    """Whether a column has no segment axis, so that none of its values is padding."""
-    return "S" not in COLUMN[name].axes
+def _floats_problem(rows: dict[str, np.ndarray], widest: int) -> str | None:
+    present = np.arange(widest) < rows["num_segments"][:, None]
+    for name in (column.name for column in COLUMNS if column.dtype == "f4"):
+        values = rows[name]
+        if name in OPTIONAL and np.isnan(values).all():
+            continue
+        if "S" in COLUMN[name].axes:
+            own = np.broadcast_to(present if COLUMN[name].axes == "NS" else present[:, None], values.shape)
+            if not np.isnan(values[~own]).all():
+                return f"{name} has values past num_segments, where there is NaN"
+            values = values[own]
+        if not np.isfinite(values).all():
+            return f"{name} holds NaN or infinite values"
+        least, most = BETWEEN.get(name, (-np.inf, np.inf))
+        if values.size and (values.min() < least or values.max() > most):
+            return f"{name} lies outside {least:g} to {most:g}"
+    return None
+
+
+def _classes_problem(rows: dict[str, np.ndarray], classes: int | None) -> str | None:
+    for name in ("label", "predicted", "target"):
+        values = rows[name]
+        if values.size and (values.min() < 0 or (classes is not None and values.max() >= classes)):
+            return f"{name} is no class: it lies outside 0 to {'...' if classes is None else classes - 1}"
+    if not np.array_equal(rows["target"][:, 0], rows["label"]):
+        return "target does not begin with the true class"
+    return "num_samples is 0" if (rows["num_samples"] < 1).any() else None

@@ -12,7 +12,15 @@ import h5py
 import numpy as np
 
 from hpcguard.errors import InputError
-from hpcguard.runs import digest_arrays, digest_file, publish, read_json, read_sealed, write_sealed
+from hpcguard.runs import (
+    digest_arrays,
+    digest_file,
+    publish_together,
+    read_json,
+    read_sealed,
+    sealed_text,
+    to_disk,
+)
 from hpcguard.store.journal import Unit
 from hpcguard.store.schema import (
     BLOCK,
@@ -79,17 +87,22 @@ class ShardWriter:
         for _ in range(MOST_COLLISIONS):
             self._publish(image, rows, manifest)
             if self._is_published():
-                break
-        return manifest
+                return manifest
+        raise RuntimeError(
+            f"{self.path.name}: published {MOST_COLLISIONS} times, and each time another writer's shard or manifest "
+            "was there; let one process at a time compute it"
+        )
 
     def _publish(self, image: memoryview, rows: Rows, manifest: Mapping[str, Any]) -> None:
-        with publish(self.path) as temporary:
-            temporary.write_bytes(image)
-            if problem := _read_back_problem(temporary, rows):
+        """Both files are on the disk before either is renamed: where it is full, the former pair stays."""
+        with publish_together(self.path, self.manifest) as (shard, description):
+            shard.write_bytes(image)
+            description.write_text(sealed_text(manifest), encoding="utf-8")
+            to_disk(shard)  # what is compared has been on its way to the disk
+            if problem := _read_back_problem(shard, rows):
                 raise RuntimeError(f"{self.path.name}: written and read back, but {problem}")
-            if digest_file(temporary) != manifest["sha256"]:
+            if digest_file(shard) != manifest["sha256"]:
                 raise RuntimeError(f"{self.path.name}: written and read back, but its bytes differ")
-        write_sealed(self.manifest, manifest)
 
     def _is_published(self) -> bool:
         """Whether file and manifest are of one writer: where there are no locks, two may have published in turns."""
@@ -102,8 +115,8 @@ class ShardWriter:
         return np.dtype(self.segments_dtype if name == "segments" else COLUMN[name].dtype).str
 
 
-def _unfit(rows: Rows, ids: np.ndarray) -> str | None:
-    if problem := rows_problem(rows):
+def _unfit(rows: Rows, ids: np.ndarray, classes: int | None = None) -> str | None:
+    if problem := rows_problem(rows, classes):
         return problem
     return None if np.array_equal(rows["image_id"], ids) else "rows are not those of the planned image ids"
 
@@ -173,11 +186,12 @@ def shard_problem(
     fingerprint: str,
     values: bool = True,
     visit: Callable[[Rows], None] | None = None,
+    classes: int | None = None,
 ) -> str | None:
     """Why a shard cannot be used, or None: file and manifest there, digest right, planned ids, sound rows.
 
     values=False leaves out the rows: they were sound when the digest was taken. visit: gets the rows, block by block,
-    each found sound; what it made of them is void if a problem shows later.
+    each found sound; what it made of them is void if a problem shows later. classes: how many there are, if known.
     """
     if not manifest.is_file() or not path.is_file():
         return "missing" if not path.is_file() else "its manifest is missing"
@@ -195,7 +209,7 @@ def shard_problem(
         return "holds other image ids than planned"
     if recorded["sha256"] != digest_file(path):
         return "its bytes differ from the manifest's digest"
-    return values_problem(path, recorded, kept, visit) if values else None
+    return _values_problem(path, recorded, kept, visit, classes) if values else None
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -208,10 +222,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise
 
 
-def values_problem(
-    path: Path, recorded: Mapping[str, Any], ids: np.ndarray, visit: Callable[[Rows], None] | None = None
+def _values_problem(
+    path: Path, recorded: Mapping[str, Any], ids: np.ndarray, visit: Callable[[Rows], None] | None, classes: int | None
 ) -> str | None:
-    """What is wrong with the rows of a shard or of a packed file, or None; see shard_problem."""
     try:
         with h5py.File(path, "r") as file:
             if problem := schema_problem(file.attrs.get("schema")):
@@ -225,7 +238,7 @@ def values_problem(
             start = 0
             for rows in row_blocks(sets):
                 stop = start + len(rows["image_id"])
-                if problem := _unfit(rows, ids[start:stop]):
+                if problem := _unfit(rows, ids[start:stop], classes):
                     return problem
                 if visit:
                     visit(rows)

@@ -9,8 +9,9 @@ import numpy as np
 
 from hpcguard.errors import InputError
 from hpcguard.runs import digest_file, publish, read_json, read_sealed
-from hpcguard.store.schema import COLUMN, COLUMNS, attributes, schema_problem
+from hpcguard.store.schema import COLUMN, COLUMNS, RECOMPUTE, attributes, schema_problem
 from hpcguard.store.shard import LIBVER
+from hpcguard.store.sink import new_file
 
 REDO = "run `python -m hpcguard.consolidate` on this run again"
 
@@ -26,8 +27,21 @@ def build_view(
 
     Columns are as wide as the widest source; what a narrower one does not provide reads as the column's fill value.
     """
+    with publish(store) as temporary:
+        write_view(temporary, store, sources, manifests, fingerprint, identity)
+
+
+def write_view(
+    path: Path,
+    store: Path,
+    sources: Sequence[Path],
+    manifests: Sequence[Mapping[str, Any]],
+    fingerprint: str,
+    identity: Mapping[str, Any] | None = None,
+) -> None:
+    """The view to be published as `store`, into `path`. Raises OSError where the disk is full."""
     widths = store_shapes(manifests)
-    with publish(store) as temporary, h5py.File(temporary, "w", libver=LIBVER) as file:
+    with new_file(path, store, libver=LIBVER) as (file, _):
         file.attrs.update(attributes(fingerprint, identity))
         for column in COLUMNS:
             dtype, rest = widths[column.name]
@@ -87,7 +101,7 @@ def read_store_manifest(path: Path) -> dict[str, Any]:
         return read_sealed(path, REDO, schema=int, sha256=str, sources=dict, fingerprint=str)
     except InputError:
         if problem := schema_problem(read_json(path, REDO, fingerprint=str).get("schema", 1)):  # 1 had none
-            raise InputError(f"{path}: {problem}; run attribute, then consolidate, on this run again") from None
+            raise InputError(f"{path}: {problem}; {RECOMPUTE}") from None
         raise
 
 
@@ -96,7 +110,7 @@ def open_rows(store: Path, columns: Sequence[str] = tuple(COLUMN)) -> dict[str, 
     try:
         with h5py.File(store, "r") as file:
             if problem := schema_problem(file.attrs.get("schema")):
-                raise InputError(f"{store}: {problem}; make it again with the stage that made it")
+                raise InputError(f"{store}: {problem}; {RECOMPUTE}")
             return {name: file[name][:] for name in columns}
     except (OSError, KeyError) as error:
         raise InputError(f"{store}: cannot be read as a store ({error})") from error

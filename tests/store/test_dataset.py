@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,16 @@ from hpcguard.data.image_set import ArrayPixels, ImageSet
 from hpcguard.errors import InputError
 from hpcguard.refinement.masking import flagged_pixels
 from hpcguard.runs import read_json
-from hpcguard.store import AttributionDataset, BlockShuffled, ShardWriter, StoreReader, Unit, build_view
+from hpcguard.store import (
+    AttributionDataset,
+    BlockShuffled,
+    ShardWriter,
+    StoreReader,
+    Unit,
+    build_view,
+    pack_shards,
+    store_shapes,
+)
 from hpcguard.store import dataset as dataset_module
 from hpcguard.store.schema import COLUMN
 
@@ -40,6 +50,8 @@ def make_rows(ids: np.ndarray, segments: int) -> dict[str, np.ndarray]:
         elif column.dtype[0] in "iu":
             rows[name] = random.integers(0, 10, rows[name].shape)
     maps = random.integers(0, count[:, None, None], (len(ids), 6, 5))
+    rows["target"][:, 0] = ids % 10
+    rows["num_samples"] += 1
     return {**rows, "image_id": ids, "label": ids % 10, "num_segments": count, "segments": maps}
 
 
@@ -188,6 +200,36 @@ def test_a_missing_or_damaged_source_is_an_error_and_never_fill_values(
         AttributionDataset(run / "store.h5", images.subset(ids))
 
 
+def test_rows_of_other_images_are_not_joined(store: Path, images: ImageSet, ids: np.ndarray, tmp_path: Path) -> None:
+    own = images.subset(ids)
+    with pytest.raises(InputError, match=r"200 of 200 images have another class .* \(image \d+: \d, there \d\)"):
+        AttributionDataset(store, replace(own, labels=(own.labels + 1) % 10))
+    larger = ArrayPixels(np.zeros((1000, 1, 8, 8), np.uint8), 255)
+    with pytest.raises(InputError, match=r"explains images of 6x5, own has 8x8"):
+        AttributionDataset(store, replace(own, shape=(1, 8, 8), pixels=larger))
+    twice = np.array([4, 4])
+    writer = ShardWriter(tmp_path / "0.h5", tmp_path / "0.json", "print")
+    writer.publish(twice, [Unit(make_rows(twice, 3), 1.0)])
+    with pytest.raises(InputError, match="image 4 has several rows"):
+        AttributionDataset(tmp_path / "0.h5", images.subset([4]))
+
+
+@pytest.mark.parametrize("changed", ["fingerprint", "schema", "rows"])
+def test_a_source_that_was_replaced_is_an_error(
+    store: Path, images: ImageSet, ids: np.ndarray, tmp_path: Path, changed: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(store.parent, run)
+    shard = run / "shards/1.h5"
+    if changed == "rows":
+        shutil.copy(run / "shards/2.h5", shard)
+    else:
+        with h5py.File(shard, "r+") as file:
+            file.attrs[changed] = "other" if changed == "fingerprint" else 3
+    with pytest.raises(InputError, match=r"1\.h5: not the file that .*store\.h5 was made over"):
+        AttributionDataset(run / "store.h5", images.subset(ids))
+
+
 # ------------------------------------------------------------------------------------------------ block-shuffled
 def epoch_of(dataset: AttributionDataset, workers: int, world: int, epoch: int, **options: Any) -> list[list[int]]:
     """Ids of every batch, rank after rank."""
@@ -274,6 +316,74 @@ def test_each_chunk_is_decoded_once(
     list(BlockShuffled(dataset, 7, shuffled_rows=50))
     covered = np.concatenate([np.arange(start, stop) for start, stop in read])
     assert sorted(covered.tolist()) == list(range(200))
+
+
+SORTED = 12_288
+
+
+@pytest.fixture(scope="module")
+def sorted_store(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, ImageSet]:
+    """Six shards of many chunks, images in the order of 80 classes as folders give them; and the same packed."""
+    run, every = tmp_path_factory.mktemp("sorted"), np.arange(SORTED)
+    labels = every * 80 // SORTED
+    some = make_rows(every[:2048], 4)
+    maps = np.random.default_rng(0).integers(0, 2, (2048, 16, 16))
+    shards, manifests = [], []
+    for start in range(0, SORTED, 2048):
+        own = every[start : start + 2048]
+        rows = {**some, "segments": maps, "image_id": own, "label": labels[own]}
+        rows["target"] = np.stack([labels[own], labels[own] + 1], 1)
+        shards.append(run / f"shards/{start}.h5")
+        writer = ShardWriter(shards[-1], shards[-1].with_suffix(".json"), "print", "u1")
+        manifests.append(writer.publish(own, [Unit(rows, 1.0)]))
+    build_view(run / "store.h5", shards, manifests, "print")
+    digests = {shard: manifest["sha256"] for shard, manifest in zip(shards, manifests, strict=True)}
+    packed = [pack_shards(run / "packed.h5", digests, store_shapes(manifests), "print", {})]
+    build_view(run / "over.h5", [run / "packed.h5"], packed, "print")
+    pixels = ArrayPixels(np.zeros((SORTED, 1, 16, 16), np.uint8), 255)
+    return (
+        run / "store.h5",
+        run / "over.h5",
+        ImageSet("sorted", "train", tuple(map(str, range(80))), every, labels, (1, 16, 16), pixels),
+    )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_batch_of_images_sorted_by_class_has_nearly_as_many_classes_as_of_shuffled_ones(
+    sorted_store: tuple[Path, Path, ImageSet], packed: bool
+) -> None:
+    images = sorted_store[2]
+    dataset = AttributionDataset(sorted_store[packed], images, memory=False)
+    found = np.mean([len(batch["label"].unique()) for batch in BlockShuffled(dataset, 64)])
+    whole = np.random.default_rng(0).permutation(images.labels).reshape(-1, 64)
+    shuffled = np.mean([len(set(row)) for row in whole.tolist()])
+    assert 42 < shuffled < 46
+    assert found > 0.7 * shuffled
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 1), (1, 3), (2, 2), (4, 1)])
+def test_a_chunk_is_decoded_again_only_where_a_reader_ends(
+    sorted_store: tuple[Path, Path, ImageSet], monkeypatch: pytest.MonkeyPatch, world: int, workers: int
+) -> None:
+    """Shards of 16 chunks of 128 rows; blocks of one chunk; parts of 1,024 rows, more than there are readers."""
+    dataset = AttributionDataset(sorted_store[0], sorted_store[2], ["segments"], memory=False)
+    assert dataset.reader.chunk_rows("segments") == 128
+    decoded: list[tuple[Path, int]] = []
+    original = StoreReader._read
+
+    def counted(self: StoreReader, name: str, piece: Any, start: int, stop: int, out: np.ndarray) -> None:
+        chunks = range((start - piece.start) // 128, -(-(stop - piece.start) // 128))
+        decoded.extend((piece.path, chunk) for chunk in chunks)
+        original(self, name, piece, start, stop, out)
+
+    monkeypatch.setattr(StoreReader, "_read", counted)
+    seen = []
+    for rank in range(world):
+        blocks = BlockShuffled(dataset, 60, rank=rank, world=world, shuffled_rows=1000, block_rows=128)
+        seen += [image for number in range(workers) for each in as_worker(blocks, number, workers) for image in each]
+    assert sorted(seen) == list(range(SORTED))
+    assert len(set(decoded)) == SORTED // 128
+    assert len(decoded) <= SORTED // 128 + world * workers - 1
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")

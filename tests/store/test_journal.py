@@ -69,6 +69,17 @@ def test_a_flipped_bit_ends_the_reading(path: Path) -> None:
     assert len(read_journal(path, "print")) < 3
 
 
+def test_a_flipped_bit_of_a_header_asks_for_no_memory(path: Path) -> None:
+    """The length is eight bytes behind the mark: one bit of it may stand for exbibytes."""
+    whole = path.read_bytes()
+    for position in range(48):
+        for bit in range(8):
+            damaged = bytearray(whole)
+            damaged[position] ^= 1 << bit
+            path.write_bytes(damaged)
+            assert read_journal(path, "print") == {}, (position, bit)
+
+
 def test_another_plan_and_no_file_give_nothing(path: Path) -> None:
     assert read_journal(path, "other") == {}
     path.unlink()

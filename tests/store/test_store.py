@@ -102,7 +102,11 @@ def test_a_wrong_or_torn_shard_says_why(tmp_path: Path) -> None:
     ("column", "value", "reason"),
     [("coefficients", np.nan, "NaN"), ("probability", np.inf, "NaN or infinite"), ("num_segments", 0, "outside"),
      ("segments", 5, "labels past"), ("sensitivity", np.nan, "sensitivity holds NaN"),
-     ("instability", 0.5, "instability holds NaN")],
+     ("instability", 0.5, "instability holds NaN"), ("standard_error", -1, "standard_error lies outside 0"),
+     ("interval", -1, "interval lies outside 0"), ("probability", 1.1, "probability lies outside"),
+     ("score", 1.1, "score lies outside"), ("label", 1, "does not begin with the true class"),
+     ("label", -1, "label is no class"), ("predicted", -1, "predicted is no class"),
+     ("target", -9, "target is no class"), ("num_samples", 0, "num_samples is 0")],
 )  # fmt: skip
 def test_impossible_rows_are_never_published(tmp_path: Path, column: str, value: float, reason: str) -> None:
     ids = np.arange(4)
@@ -112,6 +116,23 @@ def test_impossible_rows_are_never_published(tmp_path: Path, column: str, value:
     with pytest.raises(RuntimeError, match=reason):
         writer.publish(ids, [Unit(rows, 1.5)])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("column", ["coefficients", "standard_error", "interval", "sensitivity"])
+def test_values_past_the_last_segment_are_refused(tmp_path: Path, column: str) -> None:
+    """A mean over them would count segments that are not there."""
+    rows = make_rows(np.arange(4), 5)
+    assert np.isnan(rows[column][-1, ..., -1]).all()
+    rows[column][-1, ..., -1] = 1
+    with pytest.raises(RuntimeError, match=f"{column} has values past num_segments"):
+        ShardWriter(tmp_path / "0.h5", tmp_path / "0.json", "print").publish(np.arange(4), [Unit(rows, 1.5)])
+
+
+def test_a_label_of_no_class_is_a_problem_where_the_classes_are_known(tmp_path: Path) -> None:
+    path, manifest = write(tmp_path, 0, np.arange(10))
+    assert shard_problem(path, manifest, np.arange(10), "print", classes=10) is None
+    found = shard_problem(path, manifest, np.arange(10), "print", classes=9)
+    assert found == "label is no class: it lies outside 0 to 8"
 
 
 def test_what_was_not_computed_is_nan_everywhere_and_what_was_is_padded(tmp_path: Path) -> None:
