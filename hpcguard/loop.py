@@ -4,11 +4,11 @@ Each round is a run folder of its own, RUN/round-1, RUN/round-2, ..., with the c
 attributes the model of the round before, consolidates, trains the guided arm from those weights, and evaluates it.
 Ends after loop.rounds, when validation robust accuracy gains nothing, or when the flagged segments no longer move.
 Killed or interrupted, the same command goes on. With cluster.executor=slurm a round is a chain of jobs, the last of
-which comes back here; this command then returns at once. Controls are for plain runs: train them as long as all rounds
-together. Writes RUN/loop.json.
+which comes back here; this command then returns at once. Controls are for plain runs. Writes RUN/loop.json.
 """
 
 import argparse
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -24,7 +24,7 @@ from hpcguard.errors import InputError
 from hpcguard.metrics.attribution import mean_set_jaccard
 from hpcguard.progress import say
 from hpcguard.refinement.spurious import flag_segments
-from hpcguard.runs import LoopFolder, RunFolder, exclusive, publish, read_json, write_json
+from hpcguard.runs import LoopFolder, RunFolder, differences, exclusive, publish, read_json, write_json
 from hpcguard.store import AttributionDataset
 
 EXAMPLE = (
@@ -43,7 +43,7 @@ class Round:
     weights: str
     validation_clean: float | None
     validation_robust: float | None
-    flagged: float  # share of the segments
+    spurious: dict[str, float]  # shares: flagged segments and area, images with empty and with full masks
     jaccard: float | None  # of its flagged segments with those of the round before
 
 
@@ -72,6 +72,8 @@ def _check(config: Config) -> None:
 
 def _go_on(config: Config, folder: LoopFolder) -> int:
     """Do what is missing of every round, one after the other, until one of the reasons to stop holds."""
+    for number in range(1, config.loop.rounds + 1):
+        _check_same(folder.round_config(number), round_config(config, folder, number))
     _write_yaml(folder.config, config.model_dump(mode="json"))
     rounds: list[Round] = []
     while not (reason := stop_reason(rounds, config.loop)):
@@ -96,6 +98,19 @@ def _go_on(config: Config, folder: LoopFolder) -> int:
     return 0
 
 
+def _check_same(path: Path, own: Config) -> None:
+    """InputError if a round was done with other settings; of one that is not done, its stages look to that."""
+    if not path.is_file() or not RunFolder(own.run).weights("guided").is_file():
+        return
+    begun = load_config(path)
+    for name in ("data", "model", "attribution", "baseline", "refinement", "evaluation"):
+        before, now = getattr(begun, name), getattr(own, name)
+        if changed := differences(before.identity() if before else {}, now.identity() if now else {}):
+            raise InputError(
+                f"{path}: that round was done with other settings: {name}.{changed}; restore them, or change run"
+            )
+
+
 def round_config(config: Config, folder: LoopFolder, number: int) -> Config:
     """The configuration of one round: the same but for its folder, its start, and what follows it on Slurm."""
     values = config.model_dump(mode="json")
@@ -103,6 +118,7 @@ def round_config(config: Config, folder: LoopFolder, number: int) -> Config:
     if number > 1:
         values["model"]["weights"] = str(RunFolder(folder.round(number - 1)).weights("guided"))
         values["baseline"] = None
+        values["refinement"]["seed"] += number - 1  # another order and other attack noise
     if config.cluster.executor == "slurm":
         values["cluster"]["slurm"] |= {
             "then": ["refine", "evaluate", "report"], "next": str(folder.config), "next_stage": "loop",
@@ -125,7 +141,15 @@ def _do(own: Config, path: Path, number: int) -> int:
 
 
 def _stage(command: list[str]) -> int:
-    status = subprocess.run([sys.executable, "-m", "hpcguard", *command], check=False).returncode
+    """Run stages in a process of their own, which is told what we are told: it saves first."""
+    process = subprocess.Popen([sys.executable, "-m", "hpcguard", *command])
+    passed_on = (signal.SIGTERM, signal.SIGUSR2)
+    before = {each: signal.signal(each, lambda number, _: process.send_signal(number)) for each in passed_on}
+    try:
+        status = process.wait()
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
     return status if status >= 0 else 128 - status
 
 
@@ -148,7 +172,7 @@ def _measure(own: Config, before: list[Round], folder: LoopFolder) -> Round:
     entry = training["chosen"]
     return Round(
         number, str(this.weights("guided")), entry.get("validation_clean"), entry.get("validation_robust"),
-        float(training["spurious"]["flagged"]), jaccard,
+        training["spurious"], jaccard,
     )  # fmt: skip
 
 
@@ -201,7 +225,7 @@ def table(rounds: list[Round]) -> list[str]:
 
     lines = ["round   flagged   Jaccard     clean    robust   (clean and robust on the validation split)"]
     for each in rounds:
-        values = (each.flagged, each.jaccard, each.validation_clean, each.validation_robust)
+        values = (each.spurious["flagged"], each.jaccard, each.validation_clean, each.validation_robust)
         lines.append(f"{each.number:5d} " + " ".join(number(value) for value in values))
     return lines
 

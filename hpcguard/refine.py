@@ -22,7 +22,7 @@ from hpcguard.errors import InputError
 from hpcguard.models import check_answers, load_model
 from hpcguard.progress import say
 from hpcguard.refinement.arm import STOPPED, ArmTask, guided_rows, train_arm, without
-from hpcguard.refinement.deepspeed_json import deepspeed_config, read_deepspeed_json
+from hpcguard.refinement.deepspeed_json import deepspeed_config
 from hpcguard.refinement.engine import from_first_rank, join_world
 from hpcguard.refinement.schedule import total_steps
 from hpcguard.refinement.spurious import spurious_identity
@@ -36,6 +36,7 @@ EXAMPLE = (
     "deepspeed --num_gpus 2 --module hpcguard.refine configs/quickstart.yaml",
     "mpiexec -n 2 python -m hpcguard.refine configs/quickstart.yaml",
 )
+REFINEMENT_VERSION = 2  # raised when the same configuration trains something else: 2 sums the penalty
 SECTIONS = ("data", "model", "baseline", "refinement", "controls", "evaluation")
 
 
@@ -110,12 +111,13 @@ def _launch(arguments: argparse.Namespace, arm: str, training: TrainingConfig) -
 def _identity(config: Config, training: TrainingConfig, folder: RunFolder, images: ImageSet) -> dict[str, Any]:
     """Everything that an arm's weights depend on."""
     identity: dict[str, Any] = {
+        "version": REFINEMENT_VERSION,
         "training": training.identity(),
         "model": config.model.identity(),
         "data": {**config.data.identity(), "sha256": images.digest()},
     }
-    if training.deepspeed is not None:
-        identity["deepspeed"] = read_deepspeed_json(training.deepspeed)
+    if config.data.validation:
+        identity["validation_eps"] = config.evaluation.eps  # the best epoch is chosen by it
     if training.start == "baseline":
         identity["start_sha256"] = digest_file(folder.explained_weights(config))
     if training.guided:

@@ -18,15 +18,15 @@ from hpcguard.cluster.plan import read_plan
 from hpcguard.config import LoopConfig
 from hpcguard.loop import Round, best, stop_reason
 from hpcguard.metrics.attribution import mean_set_jaccard
-from hpcguard.runs import LoopFolder, digest_file
+from hpcguard.runs import LoopFolder, digest_file, exclusive
 
 MakeConfig = Callable[..., Path]
 
 
 def rounds(*robust: float | None, jaccard: float | None = None) -> list[Round]:
-    found = [Round(k, f"weights {k}", 0.9, value, 0.2, None) for k, value in enumerate(robust, 1)]
+    found = [Round(k, f"weights {k}", 0.9, value, {}, None) for k, value in enumerate(robust, 1)]
     if jaccard is not None:
-        found[-1] = Round(len(found), found[-1].weights, 0.9, robust[-1], 0.2, jaccard)
+        found[-1] = Round(len(found), found[-1].weights, 0.9, robust[-1], {}, jaccard)
     return found
 
 
@@ -91,9 +91,33 @@ def test_rounds_follow_from_each_other_and_survive_a_kill(
     assert 0 < record["rounds"][1]["jaccard"] < 1
     one, two = (load_file(folder.round(k) / "checkpoints/guided/model.safetensors") for k in (1, 2))
     assert any(not np.array_equal(one[name], two[name]) for name in one)
+    assert 0 < record["rounds"][0]["spurious"]["flagged"] < 1
     said = capfd.readouterr().out
     assert "refine: guided is trained already" in said
     assert (folder.round(2) / "report/index.html").exists()
+    for executor in ("local", "slurm"):  # finished rounds of other settings are not taken for these
+        before = folder.round_config(1).read_bytes()
+        assert run_stage("loop", [config, "refinement.learning_rate=0.3", f"cluster.executor={executor}"]) == 2
+        assert "round-1.yaml: that round was done with other settings: refinement." in capfd.readouterr().err
+        assert folder.round_config(1).read_bytes() == before
+
+
+def test_told_to_stop_it_tells_its_stage(tmp_path: Path, make_config: MakeConfig, attributed: Path) -> None:
+    config = small(tmp_path, make_config, attributed)
+    command = [sys.executable, "-m", "hpcguard", "loop", config, "refinement.epochs=100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    guided = LoopFolder(tmp_path / "run").round(1) / "checkpoints/guided"
+    end = time.monotonic() + 120
+    while not list(guided.glob("state-*")):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    process.terminate()  # the loop alone
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "was told to stop and is saved" in said
+    assert "the same command goes on from there" in said
+    with exclusive(guided, 0):  # nobody is training on
+        pass
 
 
 def test_what_cannot_be_a_loop(

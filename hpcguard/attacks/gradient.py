@@ -50,7 +50,7 @@ def random_start(x: Tensor, noise: Tensor, eps: float, norm: Norm = "linf", wher
 
 
 def project(attacked: Tensor, x: Tensor, eps: float, norm: Norm) -> Tensor:
-    """The nearest image of the ball around x, in [0, 1]."""
+    """An image of the ball around x and in [0, 1]: the nearest in Linf, and near it in L2."""
     if norm == "linf":
         return torch.min(torch.max(attacked, x - eps), x + eps).clamp(0, 1)
     change = attacked - x

@@ -180,7 +180,8 @@ def _ranks_of_srun() -> dict[str, str]:
         "WORLD_SIZE": os.environ["SLURM_STEP_NUM_TASKS"],
         "LOCAL_RANK": os.environ["SLURM_LOCALID"],
         "MASTER_ADDR": first,
-        "MASTER_PORT": str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000),  # two jobs on one node must not meet
+        # Two jobs on one node, or two steps of one job, must not meet.
+        "MASTER_PORT": str(20000 + (7 * int(os.environ["SLURM_JOB_ID"]) + int(os.environ["SLURM_STEP_ID"])) % 20000),
     }
 
 

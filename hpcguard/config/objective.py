@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from hpcguard.config.section import Epsilon, Radius, Section, Weight
+from hpcguard.config.section import Radius, Section, Weight
 
 
 class AttackConfig(Section):
@@ -18,7 +18,7 @@ class AttackConfig(Section):
     """Its radius, as a number or a fraction such as 8/255; of l2 over all pixels and channels, such as 0.5."""
     steps: int = Field(10, gt=0)
     """Steps of pgd and trades."""
-    step_size: Epsilon | None = None
+    step_size: Radius | None = None
     """Length of a step; null: eps / 4 (FGSM always steps by eps)."""
     where: Literal["everywhere", "flagged", "unflagged"] = "everywhere"
     """Pixels that the attack may change: all, or only those on, or off, flagged segments."""

@@ -77,7 +77,7 @@ class SpuriousConfig(Section):
     original training part, in its order (a row a image_id); read by memory map."""
     foreground_share: Share = 0.5
     """outside: a segment with a smaller share of foreground pixels."""
-    max_empty: Share = 0.9
+    max_empty: Share = 0.5
     """Refuse to train when a larger share of images has no flagged segment, or has all segments flagged."""
 
     @field_validator("criteria")

@@ -90,6 +90,8 @@ class TrainingConfig(Section):
     def _some_loss_remains(self) -> "TrainingConfig":
         if not (self.clean_weight or self.attacked or self.masking.weight):
             raise ValueError("no loss is left: set clean_weight, masking.weight, or adversarial_weight with an attack")
+        if self.attacked and self.attack.method == "trades" and not self.clean_weight:
+            raise ValueError("clean_weight = 0: TRADES alone is best at one answer for all; set clean_weight to 1")
         if self.engine == "torch" and self.processes > 1:
             raise ValueError(f"processes = {self.processes}: engine torch runs in one process; use engine: deepspeed")
         if sorted(self.milestones) != self.milestones:

@@ -106,7 +106,7 @@ def _train(task: ArmTask, asked: Callable[[], int]) -> tuple[Engine, int, Progre
     done = load_checkpoint(engine, average, place)
     begun = done.step
     with _watch(task, done, shares, asked, len(images)) as watch:
-        train(engine, average, batches, _validation(config), training, place, done, watch)
+        train(engine, average, batches, _validation(config, training), training, place, done, watch)
     if task.world.rank == 0 and not watch.stopped:
         seconds = sum(entry["seconds"] for entry in done.log)
         details = {
@@ -157,11 +157,15 @@ def _note(entry: dict[str, Any], images_per_second: float) -> str:
     return f"epoch {entry['epoch']}, loss {entry['loss']:.3f} ({terms}){mask}, {images_per_second:.0f} images/s"
 
 
-def _validation(config: Config) -> Validation | None:
-    """The validation split, attacked with the radius of the evaluation, the same for every arm."""
+def _validation(config: Config, training: TrainingConfig) -> Validation | None:
+    """The validation split, attacked with the radius of the evaluation, the same for every arm; where training is in an
+    L2 ball, in that one."""
     if not config.data.validation:
         return None
-    return Validation(load_images(config.data, "validation"), config.evaluation.eps)
+    images = load_images(config.data, "validation")
+    if training.attacked and training.attack.norm == "l2":
+        return Validation(images, training.attack.eps, "l2")
+    return Validation(images, config.evaluation.eps)
 
 
 def _batches(folder: RunFolder, images: ImageSet, training: TrainingConfig) -> tuple[Batches, dict[str, float]]:

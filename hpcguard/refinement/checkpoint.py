@@ -6,6 +6,7 @@ Nothing is unpickled: tensors lie in a .safetensors file, whose digest lies in a
 """
 
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -48,7 +49,8 @@ class Checkpoints:
         return self.folder / f"state-{step:08d}"
 
     def newest_first(self) -> list[Path]:
-        return sorted(self.folder.glob("state-[0-9]*"), reverse=True)
+        found = self.folder.glob("state-*")
+        return sorted((path for path in found if re.fullmatch(r"state-\d{8}", path.name)), reverse=True)
 
 
 def save_checkpoint(engine: Engine, average: nn.Module | None, place: Checkpoints, progress: Progress) -> None:
@@ -146,6 +148,8 @@ def _newest(place: Checkpoints) -> dict[str, Any] | None:
 def _verified(state: Path) -> dict[str, Any]:
     """A state's manifest. Raises InputError if anything of it is missing or damaged."""
     manifest = read_sealed(state / MANIFEST, "delete it", fingerprint=str, step=int, log=list, files=dict)
+    if state.name != f"state-{manifest['step']:08d}":
+        raise InputError(f"{state}: holds step {manifest['step']}")
     for name, digest in manifest["files"].items():
         if not (state / name).is_file() or digest_file(state / name) != digest:
             raise InputError(f"{state / name}: missing or damaged")

@@ -28,54 +28,69 @@ class piecewise_linear(TorchFunctionMode):
         self, function: Callable[..., Any], types: Any, arguments: tuple[Any, ...] = (), keywords: Any = None
     ) -> Any:
         keywords = keywords or {}
-        if function is torch.conv2d and (found := _convolution(*arguments, **keywords)) is not None:
-            return found
-        if function in (functional.relu, torch.relu, Tensor.relu):
-            return _Relu.apply(arguments[0])
-        if function is functional.batch_norm and (found := _batch_norm(*arguments, **keywords)) is not None:
-            return found
+        if own := OWN.get(function):
+            found = own(*arguments, **keywords)
+            if found is not None:
+                return found
         return function(*arguments, **keywords)
 
 
+def _relu(input: Tensor, inplace: bool = False) -> Tensor:
+    return _Relu.apply(input, inplace)
+
+
 def _convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor | None:  # fmt: skip
-    if isinstance(padding, str) or x.dim() != 4:
-        return None
+    computed = weight.grad_fn is not None or (bias is not None and bias.grad_fn is not None)
+    if isinstance(padding, str) or input.dim() != 4 or computed:
+        return None  # weights that are computed, perhaps from the image, need their gradient in the first pass too
     stride, padding, dilation = ([each] * 2 if isinstance(each, int) else list(each)
                                  for each in (stride, padding, dilation))  # fmt: skip
-    return _Convolution.apply(x, weight, bias, (stride, padding, dilation, groups))
+    return _Convolution.apply(input, weight, bias, (stride, padding, dilation, groups))
 
 
 def _batch_norm(
-    x: Tensor, mean: Tensor | None, variance: Tensor | None, weight: Tensor | None = None, bias: Tensor | None = None,
-    training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
+    bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
 ) -> Tensor | None:  # fmt: skip
     """With running statistics it is a scale and a shift of each channel."""
-    if training or mean is None or variance is None:
+    if training or running_mean is None or running_var is None:
         return None
-    scale = (variance + eps).rsqrt()
+    scale = (running_var + eps).rsqrt()
     if weight is not None:
         scale = scale * weight
-    shift = -mean * scale if bias is None else bias - mean * scale
-    shape = (1, -1, *[1] * (x.dim() - 2))
-    return torch.addcmul(shift.reshape(shape), x, scale.reshape(shape))
+    shift = -running_mean * scale if bias is None else bias - running_mean * scale
+    shape = (1, -1, *[1] * (input.dim() - 2))
+    return torch.addcmul(shift.reshape(shape), input, scale.reshape(shape))
+
+
+# The parameters of each are named as torch names them, for some call them by name.
+OWN: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
+    torch.conv2d: _convolution,
+    functional.relu: _relu,
+    torch.relu: _relu,
+    Tensor.relu: _relu,
+    functional.batch_norm: _batch_norm,
+}
 
 
 class _Relu(torch.autograd.Function):
     """Its slope is a constant to the second backward pass."""
 
     @staticmethod
-    def forward(context: Any, x: Tensor) -> Tensor:
-        y = x.clamp_min(0)
+    def forward(context: Any, x: Tensor, inplace: bool) -> Tensor:
+        if inplace:
+            context.mark_dirty(x)
+        y = x.clamp_min_(0) if inplace else x.clamp_min(0)
         context.save_for_backward(y)
         return y
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> Tensor:
+    def backward(context: Any, gradient: Tensor) -> tuple[Any, ...]:
         (y,) = context.saved_tensors
-        return gradient * (y.detach() > 0)
+        return gradient * (y.detach() > 0), None
 
 
 class _Convolution(torch.autograd.Function):

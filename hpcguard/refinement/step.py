@@ -111,9 +111,10 @@ class GuidedStep(nn.Module):
         attack = self.config.attack
         if attack.method in ("none", "fgsm"):
             return x
+        where = self._where(pixels)
         if self._trades:
-            return (x + TRADES_START * noise).clamp(0, 1)
-        return random_start(x, noise, attack.eps, attack.norm, self._where(pixels))
+            return (x + TRADES_START * (noise if where is None else noise * where)).clamp(0, 1)
+        return random_start(x, noise, attack.eps, attack.norm, where)
 
     def _attack(self, x: Tensor, y: Tensor, pixels: Tensor, start: Tensor, first: Tensor | None) -> Tensor:
         attack, where = self.config.attack, self._where(pixels)

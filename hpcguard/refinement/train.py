@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -51,6 +51,7 @@ class Validation:
 
     images: ImageSet
     eps: float
+    norm: Literal["linf", "l2"] = "linf"
 
 
 @dataclass
@@ -85,8 +86,8 @@ def train(
         average_buffers(engine)
         if average is not None:
             move_average(average, engine.module.model, step, config.averaging)
-        figures, due, asked = _exchange(engine, own, due, watch.asked())
-        if not np.isfinite(figures).all():
+        figures, healthy, due, asked = _exchange(engine, own, due, watch.asked())
+        if not (healthy and np.isfinite(figures).all()):
             if engine.rank:
                 raise SystemExit(2)  # the first rank speaks for all
             _stop_at(step, epoch, batches.ids[chosen], figures, rate, watch.not_finite)
@@ -160,13 +161,15 @@ def own_share(
     return image, label, pixels, noise, None if fill is None else fill.to(engine.device)
 
 
-def _exchange(engine: Engine, own: Tensor, due: bool, asked: int) -> tuple[np.ndarray, bool, int]:
-    """All ranks' figures [R, len(TERMS)], whether rank 0's clock says that a checkpoint is due, and the strongest
-    of what any rank was asked for."""
-    table = torch.zeros(engine.world_size, len(TERMS) + 2, dtype=torch.float64, device=engine.device)
-    table[engine.rank] = torch.cat([own, own.new_tensor([due, asked])])
+def _exchange(engine: Engine, own: Tensor, due: bool, asked: int) -> tuple[np.ndarray, bool, bool, int]:
+    """All ranks' figures [R, len(TERMS)], whether all weights are finite, which a finite loss does not say, whether
+    rank 0's clock says that a checkpoint is due, and the strongest of what any rank was asked for."""
+    table = torch.zeros(engine.world_size, len(TERMS) + 3, dtype=torch.float64, device=engine.device)
+    squares = torch.stack([each.detach().float().square().sum() for each in engine.module.parameters()]).sum()
+    table[engine.rank] = torch.cat([own, squares.double().reshape(1), own.new_tensor([due, asked])])
     rows = engine.sum_over_ranks(table).cpu().numpy()
-    return rows[:, :-2], bool(rows[0, -2]), int(rows[:, -1].max())
+    healthy = bool(np.isfinite(rows[:, len(TERMS)]).all())
+    return rows[:, : len(TERMS)], healthy, bool(rows[0, -2]), int(rows[:, -1].max())
 
 
 def _stop_at(step: int, epoch: int, ids: np.ndarray, figures: np.ndarray, rate: float, path: Path | None) -> None:
@@ -179,6 +182,7 @@ def _stop_at(step: int, epoch: int, ids: np.ndarray, figures: np.ndarray, rate: 
     if path is not None:
         write_json(path, {"step": step + 1, "epoch": epoch + 1, "learning_rate": rate, "shares": shares})
     bad = ", ".join(name for name, column in zip(TERMS, figures.T, strict=True) if not np.isfinite(column).all())
+    bad = bad or "its gradient"
     raise InputError(
         f"the loss is not finite in step {step + 1} ({bad}); its images are in {path}; "
         f"lower learning_rate or set clip, and delete {path and path.parent}, for with other settings it begins again"
@@ -206,7 +210,7 @@ def _validate(
         y = torch.from_numpy(images.labels_of(ids)).to(engine.device)
         with torch.no_grad():
             right = (model(x).argmax(1) == y).sum()
-            robust = (model(pgd(model, x, y, validation.eps, 10)).argmax(1) == y).sum()
+            robust = (model(pgd(model, x, y, validation.eps, 10, norm=validation.norm)).argmax(1) == y).sum()
         counts += torch.stack([right, robust, torch.tensor(len(ids), device=engine.device)])
     right, robust, total = engine.sum_over_ranks(counts).tolist()
     return {"validation_clean": right / total, "validation_robust": robust / total, "validation_eps": validation.eps}

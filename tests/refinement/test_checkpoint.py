@@ -140,6 +140,54 @@ def test_a_loss_that_is_not_finite_stops_with_its_images(tmp_path: Path) -> None
     assert written["step"] == done.step + 1
 
 
+def test_a_gradient_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
+    """The loss of that step is finite, and it is the last one: nothing would ever see it."""
+    place = Checkpoints(tmp_path, "print", keep=9)
+    engine, average, config, done = start(place)
+    weight = next(engine.module.parameters())
+
+    def poison(entry: dict[str, Any]) -> None:
+        if entry["step"] == 5:
+            weight.register_hook(lambda gradient: gradient * torch.nan)
+
+    with pytest.raises(InputError, match=r"not finite in step 6 \(its gradient\)"):
+        train(engine, average, Batches(read, np.arange(100, 140)), None, config, place, done, Watch(on_step=poison))
+    assert place.newest_first()[0].name == "state-00000004"
+    assert all(torch.isfinite(each).all() for each in load_file(place.path(4) / "state.safetensors").values())
+
+
+def test_only_its_own_folders_are_states(tmp_path: Path) -> None:
+    """A copy that somebody put aside beside a damaged state is not taken for it, nor is one under another name."""
+    place = Checkpoints(tmp_path, "print", keep=3)
+    go(place)
+    shutil.copytree(place.path(6), tmp_path / "state-00000006.bak")
+    shutil.copytree(place.path(6), tmp_path / "state-00000007")
+    (place.path(6) / "state.safetensors").write_bytes(b"damaged")
+    assert start(place)[3].step == 4
+
+
+def test_the_penalty_of_every_second_step_has_twice_the_weight(tmp_path: Path) -> None:
+    """Seen by what the engine is called with."""
+    weights: list[float] = []
+
+    class Listening(TorchEngine):
+        def __call__(self, *inputs: Any, **more: Any) -> torch.Tensor:
+            weights.append(inputs[4])
+            return super().__call__(*inputs, **more)
+
+    guided = {**SETTINGS, "sensitivity": {"weight": 0.5, "every": 2}}
+    config = TrainingConfig.model_validate(guided)
+    engine = Listening(make_step(config), config, torch.device("cpu"))
+
+    def flagged(positions: np.ndarray) -> dict[str, torch.Tensor]:
+        segments = torch.arange(64).reshape(8, 8).expand(len(positions), 8, 8) // 32
+        return {**read(positions), "segments": segments, "flagged": torch.tensor([[True, False]] * len(positions))}
+
+    place = Checkpoints(tmp_path, "print")
+    train(engine, None, Batches(flagged, np.arange(100, 140)), None, config, place, Progress(), Watch())
+    assert weights == [1.0, 0.0, 1.0, 0.0, 1.0, 0.0]
+
+
 def refine(run: Path, *changes: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "hpcguard.refine", str(run), "--arm", "guided", *changes]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)

@@ -25,6 +25,7 @@ SETTINGS = {
     "batch_size": 16, "learning_rate": 0.02, "clean_weight": 0.3, "attack": {"eps": 0.1, "steps": 2},
     "masking": {"weight": 0.5}, "sensitivity": {"weight": 3.0},
 }  # fmt: skip
+REPOSITORY = Path(__file__).parents[2]
 CONFIG = TrainingConfig.model_validate(SETTINGS)
 STEPS = 5
 OFF = {"clean_weight": 0.0, "adversarial_weight": 0.0, "masking": {"weight": 0}, "sensitivity": {"weight": 0}}
@@ -292,6 +293,14 @@ def test_what_deepspeed_cannot_do_here_is_refused(tmp_path: Path, values: object
     path.write_text(json.dumps(values))
     with pytest.raises(InputError, match=reason):
         deepspeed_config(CONFIG.model_copy(update={"deepspeed": path}), 2)
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs/deepspeed").glob("*.json")), ids=lambda path: path.name)
+def test_the_configurations_that_come_along_are_allowed(path: Path) -> None:
+    precision = "bfloat16" if path.stem.endswith("bf16") else "float32"
+    values = deepspeed_config(CONFIG.model_copy(update={"deepspeed": path, "precision": precision}), 2)
+    assert values["zero_optimization"]["stage"] == int(path.stem[4])
+    assert values.get("torch_autocast", {}).get("enabled", False) == (precision == "bfloat16")
 
 
 def test_deepspeeds_defaults_that_bite_are_set() -> None:

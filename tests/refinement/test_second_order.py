@@ -29,8 +29,25 @@ class Odd(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Dynamic(nn.Module):
+    """A convolution whose kernel and bias depend on the image, one by keywords, and a ReLU called for its effect."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel, self.gate = nn.Parameter(torch.randn(4, 2, 3, 3)), nn.Linear(2, 4)
+        self.last, self.head = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3)), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate(x.mean((0, 2, 3))).tanh()
+        x = functional.conv2d(x, self.kernel * gate[:, None, None, None], gate)
+        functional.relu(x, inplace=True)
+        x = functional.conv2d(input=x, weight=self.last.weight, bias=self.last.bias)
+        return self.head(torch.relu(input=x).mean((2, 3)))
+
+
 def nets() -> dict[str, nn.Module]:
-    return {"relu": Odd(nn.ReLU()), "gelu": Odd(nn.GELU()), "softplus": Odd(nn.Softplus()), "resnet20": ResNet20(3, 2)}
+    return {"relu": Odd(nn.ReLU()), "gelu": Odd(nn.GELU()), "softplus": Odd(nn.Softplus()), "resnet20": ResNet20(3, 2),
+            "dynamic": Dynamic()}  # fmt: skip
 
 
 def gradients(net: nn.Module, x: Tensor, y: Tensor, cheap: bool, beside: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -51,7 +68,7 @@ def gradients(net: nn.Module, x: Tensor, y: Tensor, cheap: bool, beside: float) 
 
 
 @pytest.mark.parametrize("beside", [0.0, 1.0])
-@pytest.mark.parametrize("name", ["relu", "gelu", "softplus", "resnet20"])
+@pytest.mark.parametrize("name", ["relu", "gelu", "softplus", "resnet20", "dynamic"])
 def test_the_same_gradients_as_torchs_own(name: str, beside: float) -> None:
     torch.manual_seed(0)
     net = nets()[name].double()
