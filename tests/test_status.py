@@ -224,7 +224,10 @@ def test_watch_on_a_terminal_until_interrupted(folder: RunFolder) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         ours, theirs = pty.openpty()
         environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
-        process = subprocess.Popen(command(folder, "--watch"), stdout=theirs, stderr=theirs, env=environment)
+        process = subprocess.Popen(
+            command(folder, "--watch"), stdout=theirs, stderr=theirs, env=environment,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which the tests' own processes ignore
+        )  # fmt: skip
         os.close(theirs)
         shown = b""
         while b"report" not in shown:

@@ -188,14 +188,15 @@ def stored_rows(ids: np.ndarray) -> dict[str, np.ndarray]:
     grid = np.stack(np.meshgrid(np.arange(SIZE), np.arange(SIZE)), -1).reshape(-1, 1, 2)
     maps = [((grid - random.uniform(0, SIZE, (SEGMENTS, 2))) ** 2).sum(-1).argmin(1) for _ in range(count)]
     values = lambda *shape: random.normal(0, 0.01, (count, LABELS, *shape)).astype(np.float32)  # noqa: E731
+    labels = random.integers(0, 10, count)
     return {
         "image_id": ids,
-        "label": random.integers(0, 10, count),
+        "label": labels,
         "predicted": random.integers(0, 10, count),
         "segments": np.stack(maps).reshape(count, SIZE, SIZE),
         "num_segments": np.full(count, SEGMENTS),
-        "target": random.integers(0, 10, (count, LABELS)),
-        "probability": values(),
+        "target": np.stack([labels, (labels + 1) % 10], 1),
+        "probability": abs(values()),
         "coefficients": values(SEGMENTS),
         "standard_error": abs(values(SEGMENTS)),
         "interval": abs(values(SEGMENTS)),
