@@ -43,8 +43,8 @@ class MaskingConfig(Section):
 
 class SensitivityConfig(Section):
     weight: Weight = 0.01
-    """Weight of the squared norm of the true-class margin's input gradient over flagged segments; 0: off. Networks differ
-    by orders of magnitude: look at the term in the log, and keep weight times term well below the loss."""
+    """Weight of the squared norm of the true-class margin's input gradient over flagged segments; 0: off. Networks
+    differ by orders of magnitude: look at the term in the log, and keep weight times term well below the loss."""
     every: int = Field(1, gt=0)
     """Apply it in every k-th step, with k times the weight."""
     at: Literal["start", "clean"] = "start"
