@@ -57,6 +57,7 @@ def test_store_consolidates_with_one_rank_and_with_two() -> None:
 def test_store_checks_the_goals_of_what_it_measured(
     size: float, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.syspath_prepend(STORE.parent)
     spec = importlib.util.spec_from_file_location("bench_store", STORE)
     assert spec and spec.loader
     bench = importlib.util.module_from_spec(spec)
@@ -91,3 +92,15 @@ def test_an_unknown_part_is_refused(bench: Path, some: str) -> None:
     done = subprocess.run([sys.executable, str(bench), "--parts", "speed"], capture_output=True, text=True)
     assert done.returncode == 2
     assert some in done.stderr
+
+
+def test_refinement_measures_whole_steps(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCH.with_name("bench_refine.py")), "--parts", "step,parity", "--batch", "2"]
+    command += ["--rounds", "1", "--threads", "1", "--json", "--cifar10", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    named = {"guided_vs_pgd_at", "guided_every4_vs_pgd_at", "pgd_at_vs_bare_torch", "attack_parity", "hardware"}
+    assert named <= figures.keys()
+    assert figures["attack_parity"] is None  # without the images
+    assert 0.3 < figures["pgd_at_vs_bare_torch"] < 3

@@ -38,6 +38,7 @@ import h5py
 import numpy as np
 import torch
 import yaml
+from bench_parts import Figures, hardware, run_parts
 
 from hpcguard import attribute
 from hpcguard.cluster import dispatch
@@ -58,7 +59,6 @@ SIZE, SEGMENTS, LABELS = 32, 20, 2  # of a stored image: 900 bytes
 DONE = 0.6  # share of the shards that part status finds published; the others are in the queue
 MINI_SLURM = Path(__file__).with_name("mini_slurm")
 SLURMS_OWN = Limits(max_array_size=1001, max_jobs=10_000, max_submit=None, queued=0)  # its defaults
-Figures = dict[str, float | None]
 
 
 # ------------------------------------------------------------------------------------------------------------ plan
@@ -430,13 +430,6 @@ def gaps(manifests: list[dict[str, Any]]) -> tuple[float, float, float]:
 
 
 # ------------------------------------------------------------------------------------------------------------ main
-def hardware() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
-    cores = len(os.sched_getaffinity(0))
-    return f"{cores} core{'s' if cores > 1 else ''}, {model}"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
@@ -447,19 +440,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=256, help="rows an image in the part overhead")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    figures: dict[str, Any] = {}
-    load: dict[str, float] = {}
-    for part in arguments.parts.split(","):
-        if part not in PARTS:
-            parser.error(f"unknown part {part!r}: some of {', '.join(PARTS)}")
-        function = globals()[f"part_{part}"]
-        print(f"{part}: {function.__doc__}", flush=True)
-        before = os.getloadavg()[0]
-        for name, value in function(arguments).items():
-            figures[name] = value
-            print(f"  {name:<34} {'not measured' if value is None else f'{value:.6g}'}", flush=True)
-        load[part] = max(before, os.getloadavg()[0])
-        print(f"  load of the machine {before:.1f} before, {os.getloadavg()[0]:.1f} after", flush=True)
+    figures, load = run_parts({name: globals()[f"part_{name}"] for name in PARTS}, parser, arguments)
     if arguments.json:
         print(json.dumps({**figures, "hardware": hardware(), "torch": torch.__version__, "load": load}))
     return 0

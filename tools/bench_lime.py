@@ -25,6 +25,7 @@ os.environ["TQDM_DISABLE"] = "1"  # lime's bars
 
 import numpy as np
 import torch
+from bench_parts import Figures, run_parts
 from lime.lime_image import LimeImageExplainer
 from torch import Tensor, nn
 
@@ -45,7 +46,6 @@ PARTS = ("cost", "small", "large", "fidelity", "memory", "device", "segments", "
 DESIGNS = ("antithetic", "hadamard", "sobol")
 SLIC = {"segmentation": "slic", "num_segments": 50}
 SHIFT = {"segmentation": "quickshift", "segmentation_options": {"kernel_size": 4, "max_dist": 200, "ratio": 0.2}}
-Figures = dict[str, float | None]
 
 
 def timed(tasks: dict[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
@@ -494,15 +494,7 @@ def main() -> int:
     torch.set_num_threads(1)
     full_float32()
     random.seed(0)
-    figures: Figures = {}
-    for part in arguments.parts.split(","):
-        if part not in PARTS:
-            parser.error(f"unknown part {part!r}: some of {', '.join(PARTS)}")
-        function = globals()[f"part_{part}"]
-        print(f"{part}: {function.__doc__}", flush=True)
-        for name, value in function(arguments).items():
-            figures[name] = value
-            print(f"  {name:<34} {'not measured' if value is None else f'{value:.6g}'}", flush=True)
+    figures, _ = run_parts({name: globals()[f"part_{name}"] for name in PARTS}, parser, arguments)
     if arguments.json:
         print(json.dumps(figures))
     return 0

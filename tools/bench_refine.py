@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from bench_lime import ResNet4b
-from bench_store import hardware
+from bench_parts import Figures, hardware, run_parts
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
@@ -45,7 +45,6 @@ PARTS = ("step", "ddp", "scaling", "parity")
 MEAN_COLOUR = torch.full((3,), 0.5)
 UNGUIDED = {"masking": {"weight": 0}, "sensitivity": {"weight": 0}}
 EPS, ATTACK_STEP = 8 / 255, 2 / 255
-Figures = dict[str, float | None]
 Task = Callable[[], object]
 
 
@@ -268,18 +267,7 @@ def main() -> int:
     if arguments.as_rank:
         as_rank(arguments.as_rank, arguments.out, arguments)
         return 0
-    figures: dict[str, Any] = {}
-    load: dict[str, float] = {}
-    for part in arguments.parts.split(","):
-        if part not in PARTS:
-            parser.error(f"unknown part {part!r}: some of {', '.join(PARTS)}")
-        function = globals()[f"part_{part}"]
-        print(f"{part}: {function.__doc__}", flush=True)
-        before = os.getloadavg()[0]
-        for name, value in function(arguments).items():
-            figures[name] = value
-            print(f"  {name:<28} {'not measured' if value is None else f'{value:.4g}'}", flush=True)
-        load[part] = max(before, os.getloadavg()[0])
+    figures, load = run_parts({name: globals()[f"part_{name}"] for name in PARTS}, parser, arguments)
     if arguments.json:
         print(json.dumps({**figures, "hardware": hardware(), "torch": torch.__version__, "load": load}))
     return 0

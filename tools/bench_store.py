@@ -38,6 +38,7 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
+from bench_parts import Figures, hardware, run_parts
 from torch.utils.data import DataLoader
 
 from hpcguard import consolidate
@@ -66,7 +67,6 @@ PARTS = ("size", "write", "read", "loader", "consolidate", "view", "compression"
 DEFAULT_PARTS = "size,write,read,loader,consolidate"
 SLIC = {"segmentation": "slic", "num_segments": 50, "num_samples": 256, "unit": 16}
 NORM = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-Figures = dict[str, float | None]
 GOALS = {  # what --check asks of the figures that were measured
     "bytes_per_image": ("at most", 900),
     "ratio_to_dense_maps_224": ("at most", 0.1),
@@ -632,13 +632,6 @@ def missed(figures: dict[str, Any]) -> list[str]:
     ]
 
 
-def hardware() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
-    cores = len(os.sched_getaffinity(0))
-    return f"{cores} core{'s' if cores > 1 else ''}, {model}"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
@@ -660,19 +653,7 @@ def main() -> int:
         as_rank(arguments.as_rank, arguments.repack)
         return 0
     torch.set_num_threads(1)
-    figures: dict[str, Any] = {}
-    load: dict[str, float] = {}
-    for part in arguments.parts.split(","):
-        if part not in PARTS:
-            parser.error(f"unknown part {part!r}: some of {', '.join(PARTS)}")
-        function = globals()[f"part_{part}"]
-        print(f"{part}: {function.__doc__}", flush=True)
-        before = os.getloadavg()[0]
-        for name, value in function(arguments).items():
-            figures[name] = value
-            print(f"  {name:<34} {'not measured' if value is None else f'{value:.6g}'}", flush=True)
-        load[part] = max(before, os.getloadavg()[0])
-        print(f"  load of the machine {before:.1f} before, {os.getloadavg()[0]:.1f} after", flush=True)
+    figures, load = run_parts({name: globals()[f"part_{name}"] for name in PARTS}, parser, arguments)
     if arguments.json:
         versions = {"h5py": h5py.__version__, "hdf5": h5py.version.hdf5_version}
         print(json.dumps({**figures, "hardware": hardware(), **versions, "load": load}))

@@ -1,0 +1,35 @@
+"""What the benches share: their parts run one after the other, a table of figures, the machine and how busy it was."""
+
+import argparse
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+Figures = dict[str, float | None]
+Part = Callable[[argparse.Namespace], Figures]
+
+
+def run_parts(
+    functions: Mapping[str, Part], parser: argparse.ArgumentParser, arguments: argparse.Namespace
+) -> tuple[Figures, dict[str, float]]:
+    """Figures of the parts that arguments.parts names, printed as they come, and the load of the machine by part."""
+    figures: Figures = {}
+    load: dict[str, float] = {}
+    for part in arguments.parts.split(","):
+        if part not in functions:
+            parser.error(f"unknown part {part!r}: some of {', '.join(functions)}")
+        print(f"{part}: {functions[part].__doc__}", flush=True)
+        before = os.getloadavg()[0]
+        for name, value in functions[part](arguments).items():
+            figures[name] = value
+            print(f"  {name:<34} {'not measured' if value is None else f'{value:.6g}'}", flush=True)
+        load[part] = max(before, os.getloadavg()[0])
+        print(f"  load of the machine {before:.1f} before, {os.getloadavg()[0]:.1f} after", flush=True)
+    return figures, load
+
+
+def hardware() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+    cores = len(os.sched_getaffinity(0))
+    return f"{cores} core{'s' if cores > 1 else ''}, {model}"
