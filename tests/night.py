@@ -219,10 +219,14 @@ class Night:
     def node(self, task: str) -> str:
         return self.cluster.run(f"squeue -h -j {task} -o %N")
 
-    def running_on(self, task: str) -> str:
-        """The node of a task, which may be waiting between two attempts."""
-        self.wait(lambda: self.node(task), f"task {task} on a node")
-        return self.node(task)
+    def holder(self, image: str) -> str:
+        """The task that was given this image last: after many time-outs it is one of a later submission."""
+        return self.task([call for call in self.calls() if call["image"] == image][-1])
+
+    def running_on(self, image: str) -> str:
+        """The node of the task that has this image, which may be waiting between two attempts."""
+        self.wait(lambda: self.node(self.holder(image)), f"the task with image {image} on a node")
+        return self.node(self.holder(image))
 
     def is_preempted(self, task: str) -> bool:
         return "PreemptTime=None" not in self.cluster.run(f"scontrol show job {task}")
