@@ -25,7 +25,7 @@ from hpcguard.metrics.attribution import mean_set_jaccard
 from hpcguard.progress import say
 from hpcguard.refinement.spurious import flag_segments
 from hpcguard.runs import LoopFolder, RunFolder, differences, exclusive, publish, read_json, write_json
-from hpcguard.store import AttributionDataset
+from hpcguard.store import AttributionDataset, read_store_manifest
 
 EXAMPLE = (
     "python -m hpcguard.loop configs/quickstart.yaml run=runs/loop loop.rounds=3",
@@ -180,7 +180,7 @@ def flagged_segments(own: Config) -> tuple[np.ndarray, np.ndarray]:
     """Image ids [N] and flagged segments [N, S] of a round."""
     store = RunFolder(own.run)
     images = load_images(own.data, "train")
-    left_out = read_json(store.store_manifest, "run consolidate again").get("quarantined", [])
+    left_out = read_store_manifest(store.store_manifest).get("quarantined", [])
     images = images.subset(images.ids[~np.isin(images.ids, left_out)])
     rows = AttributionDataset(store.store, images, (), False).rows
     return images.ids, flag_segments(rows, own.refinement.spurious, own.refinement.seed)

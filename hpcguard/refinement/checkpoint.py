@@ -5,7 +5,6 @@ momentum and the average, all plain tensors, and how far the training is. It doe
 Nothing is unpickled: tensors lie in a .safetensors file, whose digest lies in a sealed manifest.
 """
 
-import os
 import re
 import shutil
 import sys
@@ -20,7 +19,7 @@ from torch import nn
 
 from hpcguard.errors import InputError
 from hpcguard.refinement.engine import Engine, from_first_rank
-from hpcguard.runs import digest_file, publish, read_sealed, write_sealed
+from hpcguard.runs import digest_file, publish, read_sealed, to_disk, write_sealed
 
 STATE, MANIFEST = "state.safetensors", "manifest.json"
 
@@ -73,7 +72,7 @@ def save_checkpoint(engine: Engine, average: nn.Module | None, place: Checkpoint
         write_sealed(temporary / MANIFEST, manifest)
         _remove(final)  # a damaged one that was passed over
         temporary.rename(final)
-        _sync(place.folder)
+        to_disk(place.folder)
         kept = {final, *place.newest_first()[: place.keep]}
         if best := best_epoch(progress.log):
             kept.add(place.path(best["step"]))
@@ -187,14 +186,6 @@ def _remove(folder: Path) -> None:
             return
         folder = folder.rename(hidden)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _say(text: str) -> None:

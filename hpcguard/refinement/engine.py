@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from hpcguard.config import TrainingConfig
 from hpcguard.errors import InputError
-from hpcguard.refinement.deepspeed_json import deepspeed_config, micro_batch_size, read_deepspeed_json
+from hpcguard.refinement.deepspeed_json import deepspeed_config, micro_batch_size
 from hpcguard.refinement.step import GuidedStep
 
 __all__ = [
     "DeepSpeedEngine", "Engine", "TorchEngine", "average_buffers", "deepspeed_config", "from_first_rank", "join_world",
-    "make_engine", "make_optimizer", "micro_batch_size", "read_deepspeed_json",
+    "make_engine", "make_optimizer", "micro_batch_size",
 ]  # fmt: skip
 MOMENTUM = "momentum_buffer"  # torch.optim.SGD's name for it
 State = dict[str, Tensor]
