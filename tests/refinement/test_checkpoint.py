@@ -195,7 +195,7 @@ def refine(run: Path, *changes: str) -> subprocess.Popen[str]:
 
 def await_state(process: subprocess.Popen[str], run: Path, step: int) -> None:
     """Until a checkpoint of this step or a later one is there."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not any(int(path.name[6:]) >= step for path in run.glob("checkpoints/guided/state-*")):
         assert process.poll() is None
         assert time.monotonic() < deadline
