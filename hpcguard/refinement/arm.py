@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hpcguard.cluster.memory import keep_freed_memory
 from hpcguard.cluster.ranks import Place
 from hpcguard.cluster.slurm import own_job, requeue_self
 from hpcguard.cluster.told import END, TIME_IS_UP, told_by
@@ -96,6 +97,8 @@ def _train(task: ArmTask, asked: Callable[[], int]) -> tuple[Engine, int, Progre
     config, training, folder, arm = task.config, task.training, task.folder, task.arm
     images = without(task.images, task.identity)
     torch.set_num_threads(training.threads)
+    if task.device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(training.seed)
     start = folder.explained_weights(config) if training.start == "baseline" else None
     model = load_model(config.model, len(images.classes), images.shape[0], start)

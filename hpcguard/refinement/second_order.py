@@ -90,7 +90,7 @@ class _Relu(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Any, ...]:
         (y,) = context.saved_tensors
-        return gradient * (y.detach() > 0), None
+        return torch.ops.aten.threshold_backward(gradient, y.detach(), 0), None
 
 
 class _Convolution(torch.autograd.Function):
