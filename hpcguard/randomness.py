@@ -4,13 +4,14 @@ from typing import Literal
 
 import numpy as np
 
-STREAMS = ("samples", "spurious", "order", "step", "attack", "dropout", "blocks")
-Stream = Literal["samples", "spurious", "order", "step", "attack", "dropout", "blocks"]
+STREAMS = ("samples", "spurious", "order", "step", "attack", "dropout", "blocks", "noise")
+Stream = Literal["samples", "spurious", "order", "step", "attack", "dropout", "blocks", "noise"]
 
 
-def keyed_generator(stream: Stream, seed: int, key: int) -> np.random.Generator:
-    """Counter-based generator (Philox) for one purpose; key is an image id, an epoch or a step."""
-    counter = np.array([0, 0, 0, STREAMS.index(stream)], dtype=np.uint64)
+def keyed_generator(stream: Stream, seed: int, key: int, count: int = 0) -> np.random.Generator:
+    """Counter-based generator (Philox) for one purpose; key is an image id, an epoch or a step, and it begins after
+    `count` counts of four 64-bit words."""
+    counter = np.array([count, 0, 0, STREAMS.index(stream)], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=np.array([seed, key], dtype=np.uint64), counter=counter))
 
 

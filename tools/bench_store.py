@@ -49,11 +49,12 @@ from hpcguard.config import Config, DataConfig, ModelConfig, SpuriousConfig, Tra
 from hpcguard.data import ImageSet, load_images
 from hpcguard.data.image_set import ArrayPixels
 from hpcguard.models import build_model
+from hpcguard.refinement.batches import Batches
 from hpcguard.refinement.checkpoint import Checkpoints, Progress
 from hpcguard.refinement.engine import make_engine
 from hpcguard.refinement.spurious import flag_segments
 from hpcguard.refinement.step import GuidedStep
-from hpcguard.refinement.train import Batches, Watch, train
+from hpcguard.refinement.train import Watch, train
 from hpcguard.runs import RunFolder
 from hpcguard.shards import Explainer, classifier
 from hpcguard.store import AttributionDataset, BlockShuffled, ShardWriter, Unit, build_view, shard_problem

@@ -86,6 +86,12 @@ class TrainingConfig(Section):
     def attacked(self) -> bool:
         return self.adversarial_weight > 0 and self.attack.method != "none"
 
+    @property
+    def noisy(self) -> bool:
+        """Whether a step needs random numbers for each pixel: a random start, or noise as fill."""
+        starts = self.attacked and self.attack.method in ("pgd", "trades")
+        return starts or (self.masking.weight > 0 and self.masking.fill == "noise")
+
     @model_validator(mode="after")
     def _some_loss_remains(self) -> "TrainingConfig":
         if not (self.clean_weight or self.attacked or self.masking.weight):

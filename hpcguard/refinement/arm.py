@@ -19,6 +19,7 @@ from hpcguard.data import ImageSet, load_images
 from hpcguard.models import Normalized, load_model, save_weights
 from hpcguard.progress import Meter, progress, say
 from hpcguard.refinement.averaging import start_average
+from hpcguard.refinement.batches import Batches
 from hpcguard.refinement.checkpoint import (
     Checkpoints,
     Progress,
@@ -32,7 +33,7 @@ from hpcguard.refinement.log import TrainingLog
 from hpcguard.refinement.schedule import total_steps
 from hpcguard.refinement.spurious import check_flagged, flag_segments
 from hpcguard.refinement.step import GuidedStep
-from hpcguard.refinement.train import REQUEUE, SAVE, STOP, Batches, Validation, Watch, train
+from hpcguard.refinement.train import REQUEUE, SAVE, STOP, Validation, Watch, train
 from hpcguard.runs import RunFolder, digest_file, digest_json, exclusive, publish, write_json
 from hpcguard.store import AttributionDataset
 

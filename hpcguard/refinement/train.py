@@ -19,30 +19,17 @@ from hpcguard.attacks import pgd
 from hpcguard.config import TrainingConfig
 from hpcguard.data import ImageSet
 from hpcguard.errors import InputError
-from hpcguard.randomness import keyed_generator, torch_seed
-from hpcguard.refinement.augment import augment, draw_shifts
+from hpcguard.randomness import torch_seed
 from hpcguard.refinement.averaging import move_average
+from hpcguard.refinement.batches import Batches, Share, shares
 from hpcguard.refinement.checkpoint import Checkpoints, Progress, save_checkpoint
 from hpcguard.refinement.engine import Engine, average_buffers, micro_batch_size
-from hpcguard.refinement.masking import flagged_pixels, segment_means
 from hpcguard.refinement.schedule import learning_rate, steps_per_epoch, total_steps
 from hpcguard.refinement.step import GuidedStep
 from hpcguard.runs import write_json
 
 SAVE, STOP, REQUEUE = 1, 2, 3  # what a training may be asked for between steps, the stronger is the larger
 TERMS = ("loss", *GuidedStep.TERMS, "mask_share")  # what a step is described by, in the order of its figures
-
-
-@dataclass(frozen=True)
-class Batches:
-    """What an arm trains on: `read(positions)` gives image, label and, where guided, segments and flagged, of those of
-    `ids`."""
-
-    read: Callable[[np.ndarray], dict[str, Tensor]]
-    ids: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
 
 @dataclass(frozen=True)
@@ -73,16 +60,12 @@ def train(
     """Train from `done`, which moves with it, to the end or until asked to stop, with checkpoints on the way."""
     per_epoch, total = steps_per_epoch(len(batches), config), total_steps(len(batches), config)
     last_save, started = time.monotonic(), time.monotonic() - done.seconds
-    order = np.empty(0, np.int64)
-    for step in range(done.step, total):
+    for step, chosen, share in shares(engine, batches, done.step, config):
         epoch = step // per_epoch
-        if not len(order) or step % per_epoch == 0:
-            order = keyed_generator("order", config.seed, epoch).permutation(len(batches))
-        chosen = order[(step % per_epoch) * config.batch_size :][: config.batch_size]
         engine.module.train()
         due = config.checkpoint_minutes is not None and time.monotonic() - last_save > 60 * config.checkpoint_minutes
         rate = learning_rate(step, total, config)
-        own = _train_step(engine, batches, chosen, step, rate, config)
+        own = _train_step(engine, share, step, rate, config)
         average_buffers(engine)
         if average is not None:
             move_average(average, engine.module.model, step, config.averaging)
@@ -111,15 +94,13 @@ def train(
             return
 
 
-def _train_step(
-    engine: Engine, batches: Batches, chosen: np.ndarray, step: int, rate: float, config: TrainingConfig
-) -> Tensor:
+def _train_step(engine: Engine, share: Share, step: int, rate: float, config: TrainingConfig) -> Tensor:
     """One optimiser step on this rank's share of the global batch; its figures, in the order of TERMS."""
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
     # What the model itself draws (dropout): other numbers on every rank, the same ones after a resume.
     torch.manual_seed(torch_seed("dropout", config.seed, step * 2**16 + engine.rank))
-    x, y, pixels, noise, fill = own_share(engine, batches, chosen, step, config)
+    x, y, pixels, noise, fill = share
     weight = config.sensitivity.weight * config.sensitivity.every if step % config.sensitivity.every == 0 else 0.0
     micro = micro_batch_size(config, engine.world_size)
     sums = torch.zeros(len(TERMS) - 1, dtype=torch.float64, device=engine.device)
@@ -130,35 +111,6 @@ def _train_step(
         engine.step()
         sums += torch.cat([loss.detach().reshape(1), engine.module.terms.to(engine.device)]).double()
     return torch.cat([sums / config.accumulation, pixels.double().mean().reshape(1)])
-
-
-def own_share(
-    engine: Engine, batches: Batches, chosen: np.ndarray, step: int, config: TrainingConfig
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """This rank's images, labels, flagged pixels, noise and fill of the global batch `chosen`, on its device.
-
-    Only its own images are read. The random numbers are drawn for the whole batch on every rank, so they do not depend
-    on the number of processes.
-    """
-    generator = torch.Generator().manual_seed(torch_seed("step", config.seed, step))
-    share = len(chosen) // engine.world_size
-    own = slice(engine.rank * share, (engine.rank + 1) * share)
-    batch = batches.read(chosen[own])
-    shifts = draw_shifts(len(chosen), batch["image"].shape[2], config.augment, generator)
-    image, segments = augment(batch["image"], batch.get("segments"), None if shifts is None else shifts[own])
-    if segments is not None and config.guided:
-        pixels = flagged_pixels(batch["flagged"], segments)
-    else:
-        pixels = image.new_zeros(share, 1, *image.shape[2:], dtype=torch.bool)
-    noise = image.new_empty(len(chosen), *image.shape[1:]).uniform_(-1, 1, generator=generator)[own]
-    fill = None
-    if config.masking.weight and config.masking.fill == "segment-mean" and segments is not None:
-        fill = segment_means(image, segments)
-    elif config.masking.weight and config.masking.fill == "swap":
-        others = batches.read(np.roll(chosen, 1)[own])["image"]  # the batch comes in random order
-        fill, _ = augment(others, None, None if shifts is None else shifts.roll(1, 0)[own])
-    image, label, pixels, noise = (each.to(engine.device) for each in (image, batch["label"], pixels, noise))
-    return image, label, pixels, noise, None if fill is None else fill.to(engine.device)
 
 
 def _exchange(engine: Engine, own: Tensor, due: bool, asked: int) -> tuple[np.ndarray, bool, bool, int]:

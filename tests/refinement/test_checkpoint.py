@@ -22,9 +22,10 @@ from hpcguard.cli import run_stage
 from hpcguard.config import TrainingConfig
 from hpcguard.errors import InputError
 from hpcguard.refinement.averaging import start_average
+from hpcguard.refinement.batches import Batches
 from hpcguard.refinement.checkpoint import Checkpoints, Progress, load_checkpoint, save_checkpoint
 from hpcguard.refinement.engine import TorchEngine
-from hpcguard.refinement.train import SAVE, STOP, Batches, Watch, train
+from hpcguard.refinement.train import SAVE, STOP, Watch, train
 
 SETTINGS = {
     "engine": "torch", "batch_size": 16, "masking": {"weight": 0}, "sensitivity": {"weight": 0}, "averaging": 0.9,
