@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 from hpcguard import __version__
+from hpcguard.cluster.lifetime import end_with_owner
 from hpcguard.cluster.ranks import end_world, rank_name, tell_fault
 from hpcguard.config import Config, describe_keys, load_config
 from hpcguard.errors import InputError
@@ -28,6 +29,7 @@ ALIAS_HELP = {"retry": "Try what was given up again, with all that follows: attr
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the `hpcguard` command."""
+    end_with_owner()
     given = sys.argv[1:] if arguments is None else arguments
     if given and given[0] in ("-V", "--version"):
         print(f"hpcguard {__version__}")

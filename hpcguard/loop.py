@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from hpcguard.cluster.lifetime import owned_environment
 from hpcguard.config import Config, LoopConfig, load_config
 from hpcguard.data import load_images
 from hpcguard.errors import InputError
@@ -142,7 +143,7 @@ def _do(own: Config, path: Path, number: int) -> int:
 
 def _stage(command: list[str]) -> int:
     """Run stages in a process of their own, which is told what we are told: it saves first."""
-    process = subprocess.Popen([sys.executable, "-m", "hpcguard", *command])
+    process = subprocess.Popen([sys.executable, "-m", "hpcguard", *command], env=owned_environment())
     passed_on = (signal.SIGTERM, signal.SIGUSR2)
     before = {each: signal.signal(each, lambda number, _: process.send_signal(number)) for each in passed_on}
     try:

@@ -120,6 +120,20 @@ def test_told_to_stop_it_tells_its_stage(tmp_path: Path, make_config: MakeConfig
         pass
 
 
+def test_killed_alone_it_takes_its_stage_along(tmp_path: Path, make_config: MakeConfig, attributed: Path) -> None:
+    config = small(tmp_path, make_config, attributed)
+    process = subprocess.Popen([sys.executable, "-m", "hpcguard", "loop", config, "refinement.epochs=100000"])
+    guided = LoopFolder(tmp_path / "run").round(1) / "checkpoints/guided"
+    end = time.monotonic() + 120
+    while not list(guided.glob("state-*")):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    with exclusive(guided, 60):  # nobody is training on
+        pass
+
+
 def test_what_cannot_be_a_loop(
     tmp_path: Path, make_config: MakeConfig, attributed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure refinement: a guided step against a plain PGD-10 step, ours against bare torch, DeepSpeed against DDP.
 
-  python tools/bench_refine.py [--json] [--parts step,ddp,scaling,parity] [--cifar10 DIR] [--robust-weights FILE]
+  python tools/bench_refine.py [--json] [--parts step,ddp,scaling,parity,gpu] [--cifar10 DIR] [--robust-weights FILE]
 
 step     a whole optimiser step of ResNet-18 (32x32, batch 64, PGD-10): guided (masking, penalty, attack), guided with
          the penalty in every 4th step, PGD-10 alone by the same code, and by a hand-written torch loop
@@ -9,6 +9,8 @@ ddp      2 processes of one thread: the PGD-10 step by DeepSpeed (ZeRO 1) and by
 scaling  images a second of 2 processes of one thread against 1 process of one thread, the same global batch
 parity   PGD-20 robust accuracy of resnet4b (FILE) at 2/255 on 300 test images of CIFAR-10 (DIR), ours and the attack
          library's (pip install --no-deps torchattacks), three random starts each
+gpu      on a GPU, images a second of a PGD-10 step in bfloat16 and channels_last, batch --gpu-batch, and the share of
+         its time that its 11 forward and backward passes take by themselves
 
 Ratios are medians over rounds in which every task has its turn, in a random order. With random images and labels, since
 a step's cost does not depend on them. step, ddp and scaling take about 20 minutes on 2 cores.
@@ -22,7 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from hpcguard.attacks import pgd, random_start
+from hpcguard.cluster.memory import keep_freed_memory
 from hpcguard.cluster.ranks import run_ranks, torch_rank
 from hpcguard.config import DataConfig, ModelConfig, TrainingConfig
 from hpcguard.data import load_images
@@ -41,7 +44,7 @@ from hpcguard.models import Normalized, build_model
 from hpcguard.refinement.engine import make_engine, make_optimizer
 from hpcguard.refinement.step import GuidedStep
 
-PARTS = ("step", "ddp", "scaling", "parity")
+PARTS = ("step", "ddp", "scaling", "parity", "gpu")
 MEAN_COLOUR = torch.full((3,), 0.5)
 UNGUIDED = {"masking": {"weight": 0}, "sensitivity": {"weight": 0}}
 EPS, ATTACK_STEP = 8 / 255, 2 / 255
@@ -90,22 +93,17 @@ def ratio(upper: list[float], lower: list[float]) -> float:
 def part_step(arguments: argparse.Namespace) -> Figures:
     """One process, all threads. guided every 4th: a step with the penalty and three without, of those same rounds."""
     torch.set_num_threads(arguments.threads)
-    device, batch = torch.device("cpu"), make_batch(arguments.batch)
+    keep_freed_memory()  # as refine does, for every task here, those written by hand too
+    device = torch.device(arguments.device)
+    batch = [each.to(device) for each in make_batch(arguments.batch)]
 
     def ours(weight: float, config: TrainingConfig) -> Task:
-        engine = make_engine(GuidedStep(make_net(), config, MEAN_COLOUR).train(), config, device, 1)
-
-        def step() -> None:
-            loss = engine(*batch, weight)
-            engine.backward(loss)
-            engine.step()
-
-        return step
+        return finished(engine_step(config, device, batch, weight))
 
     guided = training(arguments)
     tasks = {
         "pgd": ours(0.0, training(arguments, **UNGUIDED)),
-        "bare": bare_step(batch),
+        "bare": finished(bare_step(batch)),
         "guided": ours(1.0, guided),
         "without_penalty": ours(0.0, guided),
         "penalty_at_clean": ours(1.0, training(arguments, sensitivity={"at": "clean"})),
@@ -123,10 +121,20 @@ def part_step(arguments: argparse.Namespace) -> Figures:
     }
 
 
-def bare_step(batch: tuple[Tensor, Tensor, Tensor, Tensor]) -> Task:
+def engine_step(config: TrainingConfig, device: torch.device, batch: Sequence[Tensor], weight: float) -> Task:
+    engine = make_engine(GuidedStep(make_net(), config, MEAN_COLOUR).train(), config, device, 1)
+
+    def step() -> None:
+        engine.backward(engine(*batch, weight))
+        engine.step()
+
+    return step
+
+
+def bare_step(batch: Sequence[Tensor]) -> Task:
     """PGD training as one writes it by hand."""
     x, y, _, noise = batch
-    net = make_net()
+    net = make_net().to(x.device)
     optimizer = torch.optim.SGD(net.parameters(), 0.05, 0.9, weight_decay=5e-4, nesterov=True)
 
     def step() -> None:
@@ -178,6 +186,7 @@ def in_ranks(processes: int, role: str, arguments: argparse.Namespace) -> dict[s
 def as_rank(role: str, out: Path, arguments: argparse.Namespace) -> None:
     """One rank's steps; the first writes what they took."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     place, device = torch_rank(), torch.device("cpu")
     assert place is not None
     with tempfile.TemporaryDirectory() as folder:
@@ -251,6 +260,45 @@ def robust(model: nn.Module, attacked: Tensor, y: Tensor) -> float:
         return float((model(attacked).argmax(1) == y).double().mean())
 
 
+# ------------------------------------------------------------------------------------------------------------- gpu
+def part_gpu(arguments: argparse.Namespace) -> Figures:
+    """The step's passes alone: 10 with the gradient of the images, 1 with that of the weights."""
+    names = ("bf16_images_per_second", "bf16_share_of_floor")
+    if not torch.cuda.is_available():
+        print("  no GPU here")
+        return dict.fromkeys(names)
+    device = torch.device("cuda")
+    batch = [each.to(device) for each in make_batch(arguments.gpu_batch)]
+    config = training(arguments, **UNGUIDED, precision="bfloat16")
+    net = make_net().to(device, memory_format=torch.channels_last)
+    x, y = batch[0].contiguous(memory_format=torch.channels_last), batch[1]
+
+    def passes() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            net.eval()
+            for _ in range(10):
+                leaf = x.detach().requires_grad_()
+                torch.autograd.grad(functional.cross_entropy(net(leaf).float(), y), leaf)
+            net.train()
+            functional.cross_entropy(net(x).float(), y).backward()
+
+    tasks = {"step": finished(engine_step(config, device, batch, 0.0)), "floor": finished(passes)}
+    seconds = in_turns(tasks, 10 * arguments.rounds)
+    rate = arguments.gpu_batch / statistics.median(seconds["step"])
+    return dict(zip(names, (rate, ratio(seconds["floor"], seconds["step"])), strict=True))
+
+
+def finished(task: Task) -> Task:
+    """The task, and waiting for the GPU to have done it."""
+
+    def run() -> None:
+        task()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    return run
+
+
 # ------------------------------------------------------------------------------------------------------------ main
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -258,6 +306,8 @@ def main() -> int:
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--device", default="cpu", help="of part step: cpu or cuda")
+    parser.add_argument("--gpu-batch", type=int, default=512)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of parts step and parity")
     parser.add_argument("--cifar10", type=Path, default=Path("data/cifar10"))
     parser.add_argument("--robust-weights", type=Path, default=Path("data/weights/resnet4b.pth"))

@@ -1,8 +1,10 @@
-"""Worker processes that end when the process which started them is gone, however it ended."""
+"""Processes that end when the process which started them is gone, however it ended."""
 
 import os
 import threading
 import time
+
+OWNER = "HPCGUARD_OWNER"
 
 
 def end_with_parent(parent: int, interval: float = 0.5) -> None:
@@ -14,3 +16,14 @@ def end_with_parent(parent: int, interval: float = 0.5) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def owned_environment() -> dict[str, str]:
+    """The environment of an hpcguard command that is to end with this process."""
+    return {**os.environ, OWNER: str(os.getpid())}
+
+
+def end_with_owner() -> None:
+    """Call first in a command that may have been started with `owned_environment`."""
+    if owner := os.environ.pop(OWNER, None):  # its own children are not the owner's
+        end_with_parent(int(owner))

@@ -232,7 +232,7 @@ def test_the_torch_engine_equals_plain_torch_with_accumulation_and_clipping() ->
 
 
 def test_every_launcher_trains_the_same(tmp_path: Path, make_config: Callable[..., Path]) -> None:
-    """The stage itself under torchrun, deepspeed and mpiexec, with two processes each, gives the same bits.
+    """The stage itself under torchrun, deepspeed, mpiexec and by itself, with two processes each, gives the same bits.
     `deepspeed` is run as the module behind it, since pip's first line of that script breaks where the
     environment's path has a space."""
     training = {"engine": "deepspeed", "epochs": 1, "batch_size": 32}
@@ -246,9 +246,11 @@ def test_every_launcher_trains_the_same(tmp_path: Path, make_config: Callable[..
             "--module",
         ],
         "mpiexec": [sys.executable],
+        "itself": [sys.executable],
     }.items():  # fmt: skip
         (tmp_path / name).mkdir()
-        config = str(make_config(tmp_path / name, baseline=training))
+        processes = 2 if name == "itself" else 1
+        config = str(make_config(tmp_path / name, baseline={**training, "processes": processes}))
         module = ["hpcguard.refine"] if name == "deepspeed" else ["-m", "hpcguard.refine"]
         command = [*launcher, *module, config, "--arm", "baseline"]
         if name == "mpiexec":
