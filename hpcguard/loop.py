@@ -93,6 +93,7 @@ def _go_on(config: Config, folder: LoopFolder) -> int:
         rounds.append(_measure(own, rounds, folder))
         write_json(folder.record, {"rounds": [asdict(each) for each in rounds], "stopped": None})
     write_json(folder.record, {"rounds": [asdict(each) for each in rounds], "stopped": reason})
+    _stage(["report", str(folder.round_config(len(rounds)))])  # now with all rounds
     for line in table(rounds):
         say(line)
     say(f"loop: {reason}; best: {best(rounds).weights}")
@@ -148,6 +149,9 @@ def _stage(command: list[str]) -> int:
     before = {each: signal.signal(each, lambda number, _: process.send_signal(number)) for each in passed_on}
     try:
         status = process.wait()
+    except KeyboardInterrupt:  # the terminal has told it too: it may end in order, until a second Ctrl-C
+        process.wait()
+        raise
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)

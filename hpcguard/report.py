@@ -1,8 +1,8 @@
 """Write what a run shows as one HTML page, tables and figures; computes nothing anew.
 
-Reads RUN/results, the checkpoints' training.json and log.jsonl, and store.json, as far as they are there. Writes
-RUN/report/index.html (self-contained), results.csv, results.md and every figure as a PNG. Arms that were measured
-with different settings are refused, not mixed.
+Reads RUN/results, the checkpoints' training.json and log.jsonl, store.json, and of a round the loop's loop.json, as far
+as they are there. Writes RUN/report/index.html (self-contained), results.md, and every figure as a PNG with its
+numbers as a CSV. Arms that were measured with different settings are refused, not mixed.
 """
 
 import argparse
@@ -22,26 +22,34 @@ from hpcguard.reporting.arms import (
     Arm,
     check_comparable,
     check_result,
+    check_rounds,
     check_store,
     check_training,
     parse_log,
     radius,
 )
 from hpcguard.reporting.html import render_page
-from hpcguard.reporting.pictures import Picture, accuracy_picture, explanation_pictures, training_picture
+from hpcguard.reporting.pictures import (
+    Picture,
+    accuracy_picture,
+    explanation_pictures,
+    rounds_picture,
+    training_picture,
+)
 from hpcguard.reporting.summary import cautions, summarise
 from hpcguard.reporting.tables import (
     attribution_table,
+    cost_table,
     hardware_table,
     loss_table,
     result_table,
-    results_csv,
+    rounds_table,
     stability_table,
     to_markdown,
     to_text,
     training_table,
 )
-from hpcguard.runs import RunFolder, differences, publish, read_json
+from hpcguard.runs import LoopFolder, RunFolder, differences, publish, read_json
 from hpcguard.store import open_rows
 from hpcguard.store.schema import rows_problem
 
@@ -50,6 +58,7 @@ EXAMPLE = (
     "python -m hpcguard.report configs/quickstart.yaml",
 )
 SECTIONS = ("data", "evaluation", "controls")
+OWN = ("accuracy", "training", "rounds", "explanation_")  # how the pictures' names begin
 EVALUATE = "run `python -m hpcguard.evaluate` again"
 
 
@@ -69,13 +78,11 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
     store = _read_store(folder)
     warnings = [*cautions(arms, store), *_changed_settings(config, arms)]
     table = result_table(arms)
-    page, pictures = _page(config, arms, store, warnings)
+    page, pictures = _page(config, arms, store, _read_rounds(folder), warnings)
     folder.create()
-    _publish(folder, {picture.name: picture.png for picture in pictures}, {
-        "results.csv": results_csv(arms),
-        "results.md": _markdown(config, arms, warnings),
-        folder.report.name: render_page(page),
-    })  # fmt: skip
+    numbers = {picture.csv_name: picture.csv for picture in pictures}
+    texts = {**numbers, "results.md": _markdown(config, arms, warnings), folder.report.name: render_page(page)}
+    _publish(folder, {picture.name: picture.png for picture in pictures}, texts)
     say(to_text(table).rstrip())
     for warning in warnings:
         say(f"note: {warning}")
@@ -130,6 +137,16 @@ def _read_store(folder: RunFolder) -> dict[str, Any] | None:
     return store
 
 
+def _read_rounds(folder: RunFolder) -> list[dict[str, Any]]:
+    """The loop's rounds, if the run is one of them."""
+    record = LoopFolder(folder.path.resolve().parent).record
+    if not folder.path.resolve().name.startswith("round-") or not record.exists():
+        return []
+    loop = read_json(record, "run `python -m hpcguard.loop` again")
+    check_rounds(loop, str(record))
+    return list(loop["rounds"])
+
+
 def _changed_settings(config: Config, arms: list[Arm]) -> list[str]:
     """Where the arms were made with other settings than the configuration that the page shows."""
     notes = []
@@ -145,10 +162,11 @@ def _changed_settings(config: Config, arms: list[Arm]) -> list[str]:
 
 
 def _page(
-    config: Config, arms: list[Arm], store: dict[str, Any] | None, warnings: list[str]
+    config: Config, arms: list[Arm], store: dict[str, Any] | None, rounds: list[dict[str, Any]], warnings: list[str]
 ) -> tuple[dict[str, Any], list[Picture]]:
     """What the template needs, and all pictures in it."""
     accuracy, curves, explained = accuracy_picture(arms), training_picture(arms), _explanations(config, arms)
+    by_round = rounds_picture(rounds) if rounds else None
     values = {
         "title": config.run.resolve().name,
         "subject": _subject(config, arms),
@@ -162,12 +180,15 @@ def _page(
         "training": training_table(arms),
         "losses": loss_table(arms),
         "curves": curves,
+        "rounds": rounds_table(rounds) if rounds else None,
+        "by_round": by_round,
+        "cost": cost_table(arms, store),
         "attribution": attribution_table(store) if store else None,
         "commands": _commands(config),
         "hardware": hardware_table(arms),
         "settings": yaml.safe_dump(_without_machine_paths(config.model_dump(mode="json")), sort_keys=False),
     }
-    return values, [accuracy, *([curves] if curves else []), *explained]
+    return values, [accuracy, *filter(None, [curves, by_round]), *explained]
 
 
 def _subject(config: Config, arms: list[Arm]) -> str:
@@ -227,12 +248,13 @@ def _markdown(config: Config, arms: list[Arm], warnings: list[str]) -> str:
 
 
 def _publish(folder: RunFolder, images: dict[str, bytes], texts: dict[str, str]) -> None:
-    """Publish all files, the page last, and remove pictures of an earlier report that are not in this one."""
+    """Publish all files, the page last, and remove those of an earlier report that are not in this one."""
     for name, content in {**images, **{name: text.encode() for name, text in texts.items()}}.items():
         with publish(folder.report.with_name(name)) as temporary:
             temporary.write_bytes(content)
-    for old in folder.report.parent.glob("explanation_*.png"):
-        if old.name not in images:
+    names = {*images, *texts}
+    for old in folder.report.parent.iterdir():
+        if old.name.startswith(OWN) and old.suffix in (".png", ".csv") and old.name not in names:
             old.unlink()
 
 

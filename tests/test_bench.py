@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from real_data import CIFAR10, RESNET20, needs_cifar10, needs_resnet20
 from slurm_cluster import need_slurm
 
@@ -95,7 +96,7 @@ def test_an_unknown_part_is_refused(bench: Path, some: str) -> None:
 
 
 def test_refinement_measures_whole_steps(tmp_path: Path) -> None:
-    command = [sys.executable, str(BENCH.with_name("bench_refine.py")), "--parts", "step,parity", "--batch", "2"]
+    command = [sys.executable, str(BENCH.with_name("bench_refine.py")), "--parts", "step,parity,gpu", "--batch", "2"]
     command += ["--rounds", "1", "--threads", "1", "--json", "--cifar10", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -104,3 +105,4 @@ def test_refinement_measures_whole_steps(tmp_path: Path) -> None:
     assert named <= figures.keys()
     assert figures["attack_parity"] is None  # without the images
     assert 0.3 < figures["pgd_at_vs_bare_torch"] < 3
+    assert torch.cuda.is_available() or figures["bf16_share_of_floor"] is None

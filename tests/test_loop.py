@@ -124,12 +124,14 @@ def test_killed_alone_it_takes_its_stage_along(tmp_path: Path, make_config: Make
     config = small(tmp_path, make_config, attributed)
     process = subprocess.Popen([sys.executable, "-m", "hpcguard", "loop", config, "refinement.epochs=100000"])
     guided = LoopFolder(tmp_path / "run").round(1) / "checkpoints/guided"
-    end = time.monotonic() + 120
-    while not list(guided.glob("state-*")):
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
+    try:
+        end = time.monotonic() + 120
+        while not list(guided.glob("state-*")):
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
     with exclusive(guided, 60):  # nobody is training on
         pass
 

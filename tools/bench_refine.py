@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from hpcguard.attacks import pgd, random_start
-from hpcguard.cluster.memory import keep_freed_memory
+from hpcguard.cluster.heap import freed_memory_kept
 from hpcguard.cluster.ranks import run_ranks, torch_rank
 from hpcguard.config import DataConfig, ModelConfig, TrainingConfig
 from hpcguard.data import load_images
@@ -93,7 +94,6 @@ def ratio(upper: list[float], lower: list[float]) -> float:
 def part_step(arguments: argparse.Namespace) -> Figures:
     """One process, all threads. guided every 4th: a step with the penalty and three without, of those same rounds."""
     torch.set_num_threads(arguments.threads)
-    keep_freed_memory()  # as refine does, for every task here, those written by hand too
     device = torch.device(arguments.device)
     batch = [each.to(device) for each in make_batch(arguments.batch)]
 
@@ -108,7 +108,8 @@ def part_step(arguments: argparse.Namespace) -> Figures:
         "without_penalty": ours(0.0, guided),
         "penalty_at_clean": ours(1.0, training(arguments, sensitivity={"at": "clean"})),
     }
-    seconds = in_turns(tasks, arguments.rounds)
+    with nullcontext() if arguments.default_malloc else freed_memory_kept():  # as refine does; here for all tasks
+        seconds = in_turns(tasks, arguments.rounds)
     for name, every in seconds.items():
         print(f"  {name:<18} {statistics.median(every):8.2f} s a step", flush=True)
     fourth = [(one + 3 * other) / 4 for one, other in zip(seconds["guided"], seconds["without_penalty"], strict=True)]
@@ -186,7 +187,6 @@ def in_ranks(processes: int, role: str, arguments: argparse.Namespace) -> dict[s
 def as_rank(role: str, out: Path, arguments: argparse.Namespace) -> None:
     """One rank's steps; the first writes what they took."""
     torch.set_num_threads(1)
-    keep_freed_memory()
     place, device = torch_rank(), torch.device("cpu")
     assert place is not None
     with tempfile.TemporaryDirectory() as folder:
@@ -204,7 +204,8 @@ def as_rank(role: str, out: Path, arguments: argparse.Namespace) -> None:
         tasks: dict[str, Task] = {"deepspeed": deepspeed}
         if role == "ddp":
             tasks["ddp"] = ddp_step(config, batch)
-        seconds = in_turns(tasks, arguments.rounds if role == "ddp" else 1)
+        with freed_memory_kept():
+            seconds = in_turns(tasks, arguments.rounds if role == "ddp" else 1)
         if place.rank == 0:
             out.write_text(json.dumps(seconds))
         engine.barrier()
@@ -280,7 +281,9 @@ def part_gpu(arguments: argparse.Namespace) -> Figures:
                 leaf = x.detach().requires_grad_()
                 torch.autograd.grad(functional.cross_entropy(net(leaf).float(), y), leaf)
             net.train()
-            functional.cross_entropy(net(x).float(), y).backward()
+            loss = functional.cross_entropy(net(x).float(), y)
+        net.zero_grad()
+        loss.backward()
 
     tasks = {"step": finished(engine_step(config, device, batch, 0.0)), "floor": finished(passes)}
     seconds = in_turns(tasks, 10 * arguments.rounds)
@@ -306,6 +309,7 @@ def main() -> int:
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--default-malloc", action="store_true", help="part step without freed_memory_kept, to compare")
     parser.add_argument("--device", default="cpu", help="of part step: cpu or cuda")
     parser.add_argument("--gpu-batch", type=int, default=512)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of parts step and parity")

@@ -1,11 +1,8 @@
-"""Memory of this process: whether the kernel has killed for want of it, and whether what was freed is kept."""
+"""What the kernel says of memory: whether it has killed processes of this job."""
 
-import ctypes
 from pathlib import Path
 
 ROOT = Path("/sys/fs/cgroup")
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
-NEVER = 2**31 - 1
 
 
 def oom_kills() -> int:
@@ -21,16 +18,6 @@ def oom_kills() -> int:
         elif not controllers:  # v2
             total += _count(ROOT / path.lstrip("/") / "memory.events")
     return total
-
-
-def keep_freed_memory() -> bool:
-    """Have malloc keep what is freed, up to this process's peak; False where the C library is not glibc.
-
-    A training step on a CPU frees the gigabytes that the next one asks for. By default glibc gives them back to the
-    kernel, which clears each page anew: about a tenth of a guided step's time (`tools/bench_refine.py`, part step).
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(mallopt(M_TRIM_THRESHOLD, NEVER)) and bool(mallopt(M_MMAP_MAX, 0))
 
 
 def _count(file: Path) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Protocol
 
-from hpcguard.cluster.lifetime import end_with_parent
+from hpcguard.cluster.lifetime import die_with_parent, end_with_parent
 from hpcguard.cluster.told import END, TIME_IS_UP, told_by
 from hpcguard.errors import InputError
 
@@ -87,8 +87,9 @@ def run_mpi(command: list[str]) -> int:
     }
     with tempfile.TemporaryDirectory(prefix="hpcguard-") as folder:
         faults = Path(folder) / "faults"
+        environment[FAULTS] = str(faults)
         done = subprocess.run(
-            command, env={**environment, FAULTS: str(faults)}, stderr=subprocess.PIPE, text=True, check=False
+            command, env=environment, stderr=subprocess.PIPE, text=True, check=False, preexec_fn=die_with_parent
         )
         said = faults.read_text(encoding="utf-8").splitlines()[:1] if faults.exists() else done.stderr.splitlines()
     for line in said:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpcguard.cluster.memory import keep_freed_memory
+from hpcguard.cluster.heap import freed_memory_kept
 from hpcguard.cluster.ranks import Place
 from hpcguard.cluster.slurm import own_job, requeue_self
 from hpcguard.cluster.told import END, TIME_IS_UP, told_by
@@ -71,7 +71,8 @@ def train_arm(task: ArmTask) -> int:
                     return SAVE
                 return STOP if END in told else 0
 
-            engine, begun, done, stopped = _train(task, asked)
+            with freed_memory_kept() if task.device.type == "cpu" else nullcontext():
+                engine, begun, done, stopped = _train(task, asked)
             engine.barrier()
         return _after_stop(task, stopped, done.step, done.step - begun) if stopped else 0
 
@@ -98,8 +99,6 @@ def _train(task: ArmTask, asked: Callable[[], int]) -> tuple[Engine, int, Progre
     config, training, folder, arm = task.config, task.training, task.folder, task.arm
     images = without(task.images, task.identity)
     torch.set_num_threads(training.threads)
-    if task.device.type == "cpu":
-        keep_freed_memory()
     torch.manual_seed(training.seed)
     start = folder.explained_weights(config) if training.start == "baseline" else None
     model = load_model(config.model, len(images.classes), images.shape[0], start)
@@ -115,7 +114,8 @@ def _train(task: ArmTask, asked: Callable[[], int]) -> tuple[Engine, int, Progre
         seconds = sum(entry["seconds"] for entry in done.log)
         details = {
             "arm": arm, "identity": task.identity, "world_size": task.world.size, "device": str(task.device),
-            "steps": done.step, "spurious": shares, "seconds": round(seconds, 1), "last_epoch": done.log[-1],
+            "threads": training.threads, "steps": done.step, "spurious": shares, "seconds": round(seconds, 1),
+            "last_epoch": done.log[-1],
         }  # fmt: skip
         _publish_weights(task, average or engine.module.model, place, done, details)
         say(f"refine: {arm} trained, {done.step} steps in {seconds:.0f} s: {folder.weights(arm)}")

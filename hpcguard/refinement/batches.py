@@ -1,9 +1,10 @@
-"""A rank's share of each global batch: its images, flagged pixels, noise and fill, read ahead of the training."""
+"""A rank's share of each global batch: its images, labels, flagged pixels, noise and fill."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -16,8 +17,18 @@ from hpcguard.refinement.engine import Engine
 from hpcguard.refinement.masking import flagged_pixels, segment_means
 from hpcguard.refinement.schedule import steps_per_epoch, total_steps
 
+T = TypeVar("T")
 FLOATS_A_COUNT = 8  # what one count of numpy's Philox gives: four words of 64 bits
-Share = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]  # images, labels, flagged pixels, noise, fill
+
+
+class Share(NamedTuple):
+    """A rank's part of a global batch, as GuidedStep wants it."""
+
+    x: Tensor
+    y: Tensor
+    pixels: Tensor
+    noise: Tensor
+    fill: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -35,21 +46,29 @@ class Batches:
 def shares(
     engine: Engine, batches: Batches, begin: int, config: TrainingConfig
 ) -> Iterator[tuple[int, np.ndarray, Share]]:
-    """Each step from `begin` on, the positions of its global batch, and this rank's share of it on its device; the next
-    one is read while a step is computed."""
-    total = total_steps(len(batches), config)
+    """Each step from `begin` on, the positions of its global batch, and this rank's share of it on its device.
 
-    def read(step: int) -> tuple[np.ndarray, Share]:
+    Beside a GPU the next one is read while a step is computed; a CPU has better to do meanwhile.
+    """
+
+    def read(step: int) -> tuple[int, np.ndarray, Share]:
         chosen = _chosen(len(batches), step, config)
-        return chosen, own_share(engine, batches, chosen, step, config)
+        return step, chosen, own_share(engine, batches, chosen, step, config)
 
+    steps = range(begin, total_steps(len(batches), config))
+    return map(read, steps) if engine.device.type == "cpu" else read_ahead(read, steps)
+
+
+def read_ahead(read: Callable[[int], T], steps: Sequence[int]) -> Iterator[T]:
+    """read(step) of each step in order, the next one in a thread while the last is in use; close it to stop early."""
+    pending = None
     with ThreadPoolExecutor(1, "next-batch") as reader:
-        ahead = reader.submit(read, begin)
-        for step in range(begin, total):
-            chosen, share = ahead.result()
-            if step + 1 < total:
-                ahead = reader.submit(read, step + 1)
-            yield step, chosen, share
+        for step in steps:
+            ready, pending = pending, reader.submit(read, step)
+            if ready is not None:
+                yield ready.result()
+        if pending is not None:
+            yield pending.result()
 
 
 def _chosen(size: int, step: int, config: TrainingConfig) -> np.ndarray:
@@ -69,15 +88,15 @@ def own_share(engine: Engine, batches: Batches, chosen: np.ndarray, step: int, c
     global batch, so they do not depend on the number of processes.
     """
     generator = torch.Generator().manual_seed(torch_seed("step", config.seed, step))
-    share = len(chosen) // engine.world_size
-    own = slice(engine.rank * share, (engine.rank + 1) * share)
+    per_rank = len(chosen) // engine.world_size
+    own = slice(engine.rank * per_rank, (engine.rank + 1) * per_rank)
     batch = batches.read(chosen[own])
     shifts = draw_shifts(len(chosen), batch["image"].shape[2], config.augment, generator)
     image, segments = augment(batch["image"], batch.get("segments"), None if shifts is None else shifts[own])
     if segments is not None and config.guided:
         pixels = flagged_pixels(batch["flagged"], segments)
     else:
-        pixels = image.new_zeros(share, 1, *image.shape[2:], dtype=torch.bool)
+        pixels = image.new_zeros(per_rank, 1, *image.shape[2:], dtype=torch.bool)
     noise = draw_noise(image.shape, own.start, step, config.seed) if config.noisy else torch.zeros_like(image)
     fill = None
     if config.masking.weight and config.masking.fill == "segment-mean" and segments is not None:
@@ -85,8 +104,12 @@ def own_share(engine: Engine, batches: Batches, chosen: np.ndarray, step: int, c
     elif config.masking.weight and config.masking.fill == "swap":
         others = batches.read(np.roll(chosen, 1)[own])["image"]  # the batch comes in random order
         fill, _ = augment(others, None, None if shifts is None else shifts.roll(1, 0)[own])
-    image, label, pixels, noise = (each.to(engine.device) for each in (image, batch["label"], pixels, noise))
-    return image, label, pixels, noise, None if fill is None else fill.to(engine.device)
+    image, label, pixels, noise = (_moved(each, engine.device) for each in (image, batch["label"], pixels, noise))
+    return Share(image, label, pixels, noise, None if fill is None else _moved(fill, engine.device))
+
+
+def _moved(values: Tensor, device: torch.device) -> Tensor:
+    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
 
 
 def draw_noise(shape: torch.Size, first: int, step: int, seed: int) -> Tensor:

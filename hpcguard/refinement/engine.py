@@ -149,8 +149,6 @@ Engine = TorchEngine | DeepSpeedEngine
 
 def make_engine(step: GuidedStep, config: TrainingConfig, device: torch.device, world_size: int) -> Engine:
     """The configured engine around a GuidedStep."""
-    if device.type == "cuda" and config.precision == "bfloat16":
-        step = step.to(memory_format=torch.channels_last)  # tensor cores' own layout
     if config.engine == "torch":
         return TorchEngine(step, config, device)
     return DeepSpeedEngine(step, config, device, world_size)

@@ -44,6 +44,8 @@ class GuidedStep(nn.Module):
     ) -> Tensor:  # fmt: skip
         """Loss of a batch: x [B, C, H, W], y [B], flagged `pixels` [B, 1, H, W], `noise` in [-1, 1] like x, and `fill`
         like x, what flagged segments show where that is neither the mean colour nor noise."""
+        if x.is_cuda and self.config.precision == "bfloat16":
+            x = x.contiguous(memory_format=torch.channels_last)  # tensor cores' layout; convolutions keep their input's
         weights = (
             self.config.clean_weight,
             self.config.adversarial_weight if self.config.attacked else 0.0,

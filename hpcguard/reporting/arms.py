@@ -77,6 +77,19 @@ def check_store(values: Mapping[str, Any], where: str) -> None:
     _checked(check, where, "run `python -m hpcguard.consolidate` again")
 
 
+def check_rounds(values: Mapping[str, Any], where: str) -> None:
+    """Raise InputError unless `values` is a whole loop.json."""
+
+    def check() -> None:
+        for each in values["rounds"]:
+            _number(each, "number")
+            _number(each["spurious"], "flagged")
+            for key in ("jaccard", "validation_clean", "validation_robust"):
+                _expect(each[key] is None or 0 <= each[key] <= 1, f"{key} is {each[key]!r}")
+
+    _checked(check, where, "run `python -m hpcguard.loop` again")
+
+
 def parse_log(text: str, where: str) -> list[dict[str, Any]]:
     """Epochs of a log.jsonl. An epoch that was trained again replaces what it and its followers had logged."""
     epochs: list[dict[str, Any]] = []

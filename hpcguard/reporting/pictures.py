@@ -1,25 +1,35 @@
 """Pictures of a report: figures with file names, captions, and words for those who cannot see them."""
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
 
 import numpy as np
 
 from hpcguard.reporting.arms import Arm, attack_title, role
-from hpcguard.reporting.plots import Panel, accuracy_figure, explanation_figure, training_figure
+from hpcguard.reporting.plots import Panel, accuracy_figure, explanation_figure, rounds_figure, training_figure
+from hpcguard.reporting.tables import explanation_csv, results_csv, rows_csv, training_csv
 
 
 @dataclass(frozen=True)
 class Picture:
+    """A figure, and the unrounded numbers in it as CSV."""
+
     name: str
     png: bytes
     alt: str
+    csv: str
     caption: str = ""
 
     @property
     def uri(self) -> str:
         return "data:image/png;base64," + base64.b64encode(self.png).decode()
+
+    @property
+    def csv_name(self) -> str:
+        return PurePath(self.name).with_suffix(".csv").name
 
 
 def accuracy_picture(arms: Sequence[Arm]) -> Picture:
@@ -28,7 +38,7 @@ def accuracy_picture(arms: Sequence[Arm]) -> Picture:
         for arm in arms
     ]
     alt = f"Accuracy with 95% intervals, by attack: {'; '.join(shares)}"
-    return Picture("accuracy.png", accuracy_figure(arms), alt)
+    return Picture("accuracy.png", accuracy_figure(arms), alt, results_csv(arms))
 
 
 def training_picture(arms: Sequence[Arm]) -> Picture | None:
@@ -37,7 +47,18 @@ def training_picture(arms: Sequence[Arm]) -> Picture | None:
     if png is None:
         return None
     ends = [f"{arm.name} from {arm.log[0]['loss']:.3f} to {arm.log[-1]['loss']:.3f}" for arm in arms if arm.log]
-    return Picture("training.png", png, f"Loss and validation accuracy by epoch; loss: {'; '.join(ends)}")
+    alt = f"Loss and validation accuracy by epoch; loss: {'; '.join(ends)}"
+    return Picture("training.png", png, alt, training_csv(arms))
+
+
+def rounds_picture(rounds: Sequence[Mapping[str, Any]]) -> Picture:
+    """What each round of a closed loop gave, see loop.json."""
+    alt = (
+        f"Validation accuracy, flagged share and agreement of the flags with the round before, of {len(rounds)} rounds"
+    )
+    flat = [{**each, "flagged": each["spurious"]["flagged"], "spurious": None} for each in rounds]
+    columns = ["number", "validation_clean", "validation_robust", "flagged", "jaccard"]
+    return Picture("rounds.png", rounds_figure(flat), alt, rows_csv(columns, flat))
 
 
 def explanation_pictures(arms: Sequence[Arm], images: np.ndarray, classes: Sequence[str]) -> list[Picture]:
@@ -49,11 +70,13 @@ def _explanation(arms: Sequence[Arm], place: int, image: np.ndarray, classes: Se
     explained = [(arm.name, arm.explanations) for arm in arms if arm.explanations]
     panels = [_panel(name, rows, place, classes) for name, rows in explained]
     number, label = (int(explained[0][1][column][place]) for column in ("image_id", "label"))
-    said = "; ".join(f"{name} {panel.caption}" for (name, _), panel in zip(explained, panels, strict=True))
+    pairs = list(zip(explained, panels, strict=True))
+    said = "; ".join(f"{name} {panel.caption}" for (name, _), panel in pairs)
     return Picture(
         f"explanation_{number}.png",
         explanation_figure(image, f"true class {classes[label]}", panels),
         f"Test image {number} of class {classes[label]}, superpixels coloured by coefficient for each model; {said}",
+        explanation_csv([(name, panel.segments, panel.coefficients) for (name, _), panel in pairs]),
         f"Test image {number}, true class {classes[label]}",
     )
 
@@ -83,4 +106,6 @@ def stored_explanation(row: dict[str, np.ndarray], image: np.ndarray, classes: S
     said = "; ".join(f"{panel.title}: {panel.caption}" for panel in panels)
     caption = f"Image {number}, true class {classes[label]}, predicted {classes[predicted]}"
     figure = explanation_figure(image, f"{classes[label]}, predicted {classes[predicted]}", panels)
-    return Picture(f"explanation_{number}.png", figure, f"{caption}; superpixels by coefficient: {said}", caption)
+    numbers = explanation_csv([(panel.title, panel.segments, panel.coefficients) for panel in panels])
+    alt = f"{caption}; superpixels by coefficient: {said}"
+    return Picture(f"explanation_{number}.png", figure, alt, numbers, caption)

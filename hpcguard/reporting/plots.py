@@ -2,8 +2,9 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -84,6 +85,28 @@ def training_figure(arms: Sequence[Arm]) -> bytes | None:
         axes.set_xlabel("epoch", color=INK)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _plain(axes)
+    return _png(figure)
+
+
+def rounds_figure(rounds: Sequence[Mapping[str, Any]]) -> bytes:
+    """Validation accuracy, flagged share, and Jaccard of the flags with the round before, by round."""
+    figure = Figure(figsize=(8.4, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    numbers = [each["number"] for each in rounds]
+    lines = (
+        ("validation_clean", "validation, clean", CONTROLS[0]),
+        ("validation_robust", "validation, PGD-10", GUIDED),
+        ("flagged", "flagged superpixels", CONTROLS[2]),
+        ("jaccard", "Jaccard of the flags", CONTROLS[1]),
+    )
+    for key, label, (colour, marker) in lines:
+        values = [math.nan if each[key] is None else each[key] for each in rounds]
+        if not all(map(math.isnan, values)):
+            axes.plot(numbers, values, color=colour, marker=marker, markersize=5, linewidth=1.4, label=label)
+    _share_axis(axes, "share")
+    axes.set_xlabel("round", color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1), fontsize=8.5)
     return _png(figure)
 
 

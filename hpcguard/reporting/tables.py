@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from hpcguard.reporting.arms import LOSS_TERMS, Arm, attack_title, role
 
 MISSING = "–"
@@ -99,17 +101,87 @@ def hardware_table(arms: Sequence[Arm]) -> Table:
     return Table(["arm", "device", "cores", "torch", "revision", "evaluation time"], rows)
 
 
+def cost_table(arms: Sequence[Arm], store: Mapping[str, Any] | None) -> Table:
+    """What the run took, by stage: GPU-hours where GPUs computed, else core-hours."""
+    rows = []
+    if store:
+        seconds = store["worker_seconds"]
+        rows.append(["attribution", "over all workers", duration(seconds), f"{seconds / 3600:.2f} worker-hours"])
+    for arm in arms:
+        if arm.training:
+            processes, threads = arm.training["world_size"], arm.training.get("threads", 1)
+            shape = f"{processes} × {threads} {'thread' if threads == 1 else 'threads'}"
+            on_gpu = str(arm.training.get("device")).startswith("cuda")
+            spent = _spent(arm.training["seconds"], processes, threads, on_gpu)
+            rows.append([f"training {arm.name}", shape, duration(arm.training["seconds"]), spent])
+    for arm in arms:
+        seconds, hardware = arm.result["seconds"], arm.result["hardware"]
+        spent = _spent(seconds, 1, hardware.get("threads", 1), hardware.get("gpu", False))
+        rows.append([f"evaluation {arm.name}", "over all workers", duration(seconds), spent])
+    return Table(["stage", "processes", "time", "cost"], rows)
+
+
+def _spent(seconds: float, processes: int, threads: int, on_gpu: bool) -> str:
+    hours = seconds * processes / 3600
+    return f"{hours:.2f} GPU-hours" if on_gpu else f"{hours * threads:.2f} core-hours"
+
+
+def rounds_table(rounds: Sequence[Mapping[str, Any]]) -> Table:
+    """What each round of a closed loop gave, see loop.json."""
+
+    def share(value: float | None) -> str:
+        return MISSING if value is None else f"{value:.1%}"
+
+    rows = [
+        [
+            str(each["number"]), share(each["spurious"]["flagged"]),
+            MISSING if each["jaccard"] is None else f"{each['jaccard']:.3f}",
+            share(each["validation_clean"]), share(each["validation_robust"]),
+        ]
+        for each in rounds
+    ]  # fmt: skip
+    return Table(["round", "flagged", "Jaccard with the one before", "validation clean", "validation PGD-10"], rows)
+
+
 def results_csv(arms: Sequence[Arm]) -> str:
     """Unrounded, one line an arm and attack."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["arm", "role", "attack", "eps", "right", "of", "accuracy", "low", "high", "training_seconds"])
+    lines = []
     for arm in arms:
         seconds = arm.training["seconds"] if arm.training else ""
         for name, row in arm.attacks.items():
             eps = 0 if name == "clean" else arm.evaluation["eps"]
-            numbers = [row[key] for key in ("right", "of", "accuracy", "low", "high")]
-            writer.writerow([arm.name, role(arm.name), name, eps, *numbers, seconds])
+            lines.append({**row, "arm": arm.name, "role": role(arm.name), "attack": name, "eps": eps,
+                          "training_seconds": seconds})  # fmt: skip
+    columns = ["arm", "role", "attack", "eps", "right", "of", "accuracy", "low", "high", "training_seconds"]
+    return rows_csv(columns, lines)
+
+
+def training_csv(arms: Sequence[Arm]) -> str:
+    """Every epoch of every arm."""
+    lines = [{**entry, "arm": arm.name} for arm in arms for entry in arm.log]
+    columns = ["arm", "epoch", "step", "loss", *LOSS_TERMS, "mask_share", "validation_clean", "validation_robust"]
+    return rows_csv([*columns, "learning_rate", "seconds"], lines)
+
+
+def explanation_csv(panels: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> str:
+    """Of each (title, segments [H, W], coefficients [S]) every segment: its pixels and its coefficient."""
+    lines = []
+    for title, segments, coefficients in panels:
+        pixels = np.bincount(segments.ravel().astype(np.int64), minlength=len(coefficients))
+        known = np.flatnonzero(~np.isnan(coefficients))
+        lines += [
+            {"panel": title, "segment": segment, "pixels": pixels[segment], "coefficient": float(coefficients[segment])}
+            for segment in known.tolist()
+        ]
+    return rows_csv(["panel", "segment", "pixels", "coefficient"], lines)
+
+
+def rows_csv(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    """CSV of these columns; what a row lacks, or is None, stays empty."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return out.getvalue()
 
 

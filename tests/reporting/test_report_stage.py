@@ -70,14 +70,56 @@ def test_report_of_a_whole_run(folder: Path, capsys: pytest.CaptureFixture[str])
     report = folder / "report"
     test = load_images(DataConfig(name="digits", size=16), "test")
     pictures = {"accuracy.png", "training.png", *(f"explanation_{number}.png" for number in test.ids[:2])}
-    assert {path.name for path in report.iterdir()} == {"index.html", "results.csv", "results.md", *pictures}
+    numbers = {name.replace(".png", ".csv") for name in pictures}
+    assert {path.name for path in report.iterdir()} == {"index.html", "results.md", *pictures, *numbers}
     for name in pictures:
         Image.open(report / name).verify()
-    with (report / "results.csv").open() as file:
+    with (report / "accuracy.csv").open() as file:
         rows = list(csv.DictReader(file))
     recorded = json.loads((folder / "results" / "guided.json").read_text())["attacks"]["autoattack"]
     assert float(rows[-1]["low"]) == recorded["low"] and rows[-1]["arm"] == "guided"
     assert "45.0% [35.6, 54.8]" in (report / "results.md").read_text()
+
+
+def test_every_figures_numbers_lie_beside_it(folder: Path) -> None:
+    assert run_stage("report", [str(folder)]) == 0
+
+    def rows(name: str) -> list[dict[str, str]]:
+        with (folder / "report" / name).open() as file:
+            return list(csv.DictReader(file))
+
+    assert [(row["arm"], row["epoch"], row["loss"]) for row in rows("training.csv")] == [
+        ("pgd", "1", "0.5"), ("pgd", "2", "0.5"), ("guided", "1", "0.5"), ("guided", "2", "0.5"),
+    ]  # fmt: skip
+    test = load_images(DataConfig(name="digits", size=16), "test")
+    shown = rows(f"explanation_{test.ids[0]}.csv")
+    assert [row["panel"] for row in shown] == ["baseline", "baseline", "pgd", "pgd", "guided", "guided"]
+    assert [(row["segment"], row["pixels"], float(row["coefficient"])) for row in shown[:2]] == [
+        ("0", "128", pytest.approx(0.2)), ("1", "128", pytest.approx(-0.1)),
+    ]  # fmt: skip
+
+
+def test_a_round_of_a_loop_shows_all_rounds(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rounds = [
+        {
+            "number": 1,
+            "spurious": {"flagged": 0.2},
+            "jaccard": None,
+            "validation_clean": 0.9,
+            "validation_robust": 0.41,
+        },
+        {"number": 2, "spurious": {"flagged": 0.3}, "jaccard": 0.7, "validation_clean": 0.8, "validation_robust": 0.52},
+    ]
+    own = folder.rename(folder.with_name("round-2"))
+    write(own.parent / "loop.json", json.dumps({"rounds": rounds, "stopped": None}))
+    assert run_stage("report", [str(own), f"run={own}"]) == 0
+    text = (own / "report" / "index.html").read_text()
+    assert "Rounds of the loop" in text and "52.0%" in text and "0.700" in text
+    assert (own / "report/rounds.csv").read_text().splitlines()[1] == "1,0.9,0.41,0.2,"
+    del rounds[1]["jaccard"]
+    write(own.parent / "loop.json", json.dumps({"rounds": rounds, "stopped": None}))
+    assert run_stage("report", [str(own), f"run={own}"]) == 2
+    assert "loop.json: damaged, jaccard is missing" in capsys.readouterr().err
 
 
 def test_page_is_self_contained_and_names_no_machine_path(folder: Path) -> None:

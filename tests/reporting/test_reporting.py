@@ -23,6 +23,7 @@ from hpcguard.reporting.summary import cautions, summarise, verdict
 from hpcguard.reporting.tables import (
     Table,
     attribution_table,
+    cost_table,
     duration,
     loss_table,
     percent,
@@ -112,6 +113,15 @@ def test_other_tables() -> None:
     first, *others = arms()
     unexplained = Arm("x", {**first.result, "explanation_jaccard5": None})
     assert [row[1] for row in stability_table([unexplained, *others]).rows] == ["–", "0.75", "0.75"]
+
+
+def test_cost_is_processes_times_threads_times_hours() -> None:
+    pgd = {**training("pgd"), "seconds": 1800, "world_size": 2, "threads": 4}
+    guided = {**training("guided"), "seconds": 3600, "world_size": 2, "threads": 4, "device": "cuda:0"}
+    measured = [Arm("pgd", result("pgd"), pgd), Arm("guided", {**result("guided"), "seconds": 7200}, guided)]
+    shown = {row[0]: row[3] for row in cost_table(measured, {**store(), "worker_seconds": 1800}).rows}
+    assert shown["training pgd"] == "4.00 core-hours" and shown["training guided"] == "2.00 GPU-hours"
+    assert shown["evaluation guided"] == "2.00 core-hours" and shown["attribution"] == "0.50 worker-hours"
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [(0.04, "0.0 s"), (99.9, "99.9 s"), (150, "2 min"), (9000, "2.5 h")])
@@ -310,13 +320,14 @@ def test_styles_stay_with_their_arms() -> None:
 
 
 def page(**changes: Any) -> str:
-    picture = Picture("accuracy.png", b"png", 'accuracy of "<b>"', "<caption>")
+    picture = Picture("accuracy.png", b"png", 'accuracy of "<b>"', "arm\n", "<caption>")
     values = {
         "title": "a <run>", "subject": "cnn on digits", "summary": ["First <i>.", "Second."], "cautions": ["careful"],
         "results": result_table(arms()), "accuracy": picture, "eps": "0.1", "explanations": [picture],
         "stability": stability_table(arms()), "training": training_table(arms()), "losses": loss_table(arms()),
         "curves": None, "attribution": attribution_table(store()), "commands": ["python -m hpcguard.report x"],
-        "hardware": Table(["arm"], [["a"]]), "settings": "run: <x>",
+        "hardware": Table(["arm"], [["a"]]), "settings": "run: <x>", "rounds": None, "by_round": None,
+        "cost": cost_table(arms(), store()),
     }  # fmt: skip
     return render_page({**values, **changes})
 
