@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,6 +34,28 @@ def test_one_failing_rank_ends_all_with_its_status() -> None:
     assert ranks.run_ranks([sys.executable, "-c", code], 2, 1) == 3
     killed = "import os, time; os.kill(os.getpid(), 9) if os.environ['RANK'] == '1' else time.sleep(600)"
     assert ranks.run_ranks([sys.executable, "-c", killed], 2, 1) == 128 + 9
+
+
+def test_mpiexec_ends_with_a_killed_parent(tmp_path: Path) -> None:
+    rank = "import os, sys, time; open(f'{sys.argv[1]}/{os.getpid()}', 'w').close(); time.sleep(600)"
+    code = (
+        "import sys; from hpcguard.cluster.ranks import mpi_command, run_mpi;"
+        "run_mpi(mpi_command(2, [sys.executable, '-c', *sys.argv[1:]]))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, rank, str(tmp_path)])
+    try:
+        wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_for(lambda: not any(Path(f"/proc/{path.name}").exists() for path in tmp_path.iterdir()))
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_half_a_world_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
