@@ -12,7 +12,8 @@ from hpcguard.config.explanations import VulnerabilityConfig
 from hpcguard.errors import InputError
 from hpcguard.metrics.robustness import Model, is_right
 from hpcguard.metrics.stability import noise_instability
-from hpcguard.metrics.vulnerability import Arrays, measure_vulnerability, summarise_vulnerability
+from hpcguard.metrics.vulnerability import Arrays, measure_vulnerability
+from hpcguard.metrics.vulnerability_summary import summarise_vulnerability
 from hpcguard.refinement.spurious import flag_segments
 
 

@@ -1,7 +1,6 @@
-"""How good a model's explanations are, image by image, and whether training made them better. N images, S segments."""
+"""How good a model's explanations are, image by image. N images, S segments."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata
@@ -11,7 +10,6 @@ from hpcguard.attribution import LimeConfig, explain_batch
 from hpcguard.attribution.explain import Predict
 from hpcguard.metrics.attribution import topk_jaccard
 from hpcguard.metrics.faithfulness import area_under_curve, deletion_curve, insertion_curve, order_by_coefficient
-from hpcguard.metrics.resampling import mean_with_interval
 from hpcguard.metrics.stability import mean_pairwise_jaccard
 
 Arrays = dict[str, np.ndarray]
@@ -96,27 +94,3 @@ def _rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
     ranks -= ranks.mean(1, keepdims=True)
     lengths = np.linalg.norm(ranks, axis=1).prod()
     return float(ranks[0] @ ranks[1] / lengths) if lengths else float("nan")
-
-
-def summarise_quality(quality: Arrays, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Mean, 95% bootstrap interval over images and number of images of every figure."""
-    return {name: mean_with_interval(values, seed=seed) for name, values in quality.items()}
-
-
-def compare_quality(before: Arrays, after: Arrays, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Mean before, mean after and the paired difference with its interval, over images that have both values.
-
-    Raises ValueError for figures of other images.
-    """
-    out = {}
-    for name in before.keys() & after.keys():
-        if before[name].shape != after[name].shape:
-            raise ValueError(f"{name}: {len(before[name])} images before, {len(after[name])} after")
-        both = ~np.isnan(before[name]) & ~np.isnan(after[name])
-        change = mean_with_interval(after[name][both] - before[name][both], seed=seed)
-        sides = {
-            side: float(values[name][both].mean()) if both.any() else None
-            for side, values in (("before", before), ("after", after))
-        }
-        out[name] = {**sides, "difference": change}
-    return {name: out[name] for name in before if name in out}

@@ -1,6 +1,6 @@
-"""Bootstrap over images, and an exact test for one choice against several random ones."""
+"""Figures of images with bootstrap intervals, alone and paired; an exact test for one choice against random ones."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,32 @@ def mean_with_interval(values: np.ndarray, draws: int = DRAWS, seed: int = 0) ->
     if not len(known):
         return {"mean": None, "low": None, "high": None, "images": 0}
     return {"mean": float(known.mean()), **interval(bootstrap_means(known, draws, seed)), "images": len(known)}
+
+
+def summarise_figures(figures: Mapping[str, np.ndarray], seed: int = 0) -> dict[str, dict[str, Any]]:
+    """mean_with_interval of every figure, [N] each."""
+    return {name: mean_with_interval(values, seed=seed) for name, values in figures.items()}
+
+
+def compare_figures(
+    before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray], seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """Mean before, mean after and the paired difference with its interval, over images that have both values.
+
+    Raises ValueError for figures of other images.
+    """
+    out = {}
+    for name in before.keys() & after.keys():
+        if before[name].shape != after[name].shape:
+            raise ValueError(f"{name}: {len(before[name])} images before, {len(after[name])} after")
+        both = ~np.isnan(before[name]) & ~np.isnan(after[name])
+        change = mean_with_interval(after[name][both] - before[name][both], seed=seed)
+        sides = {
+            side: float(values[name][both].mean()) if both.any() else None
+            for side, values in (("before", before), ("after", after))
+        }
+        out[name] = {**sides, "difference": change}
+    return {name: out[name] for name in before if name in out}
 
 
 def interval(resampled: np.ndarray) -> dict[str, float | None]:

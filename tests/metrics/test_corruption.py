@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from hpcguard.config.corruptions import SEVERITIES, Corruption
-from hpcguard.metrics.corruption import mean_corruption_error, right_when_corrupted, summarise_corruptions
+from hpcguard.metrics.corrupted import right_when_corrupted
+from hpcguard.metrics.corruption import mean_corruption_error, summarise_corruptions
 
 NAMES: tuple[Corruption, ...] = ("fog", "snow", "contrast")
 

@@ -7,13 +7,7 @@ from scipy import stats
 from torch import Tensor
 
 from hpcguard.attribution import LimeConfig, explain_batch
-from hpcguard.metrics.explanations import (
-    compare_quality,
-    explanation_quality,
-    flagged_share,
-    spearman,
-    summarise_quality,
-)
+from hpcguard.metrics.explanations import explanation_quality, flagged_share, spearman
 
 NAN = np.nan
 CONFIG = LimeConfig(segmentation="grid", num_segments=4, num_samples=64, unit=4)
@@ -121,22 +115,3 @@ def test_rank_correlation_is_scipys() -> None:
         own = ~np.isnan(one)
         assert row == pytest.approx(stats.spearmanr(one[own], other[own]).statistic)
     assert np.isnan(spearman(np.ones((1, 4)), np.arange(4.0)[None])).all()
-
-
-def test_summary_and_paired_comparison() -> None:
-    generator = np.random.default_rng(1)
-    base = generator.normal(size=100)
-    before = {"stability": base, "attacked_spearman": base.copy(), "flagged_share": np.full(100, NAN)}
-    after = {"stability": base + 0.1 + 0.01 * generator.normal(size=100), "attacked_spearman": base.copy()}
-    after["attacked_spearman"][:60] = NAN
-    summary = summarise_quality(before)
-    assert summary["stability"]["mean"] == pytest.approx(base.mean()) and summary["flagged_share"]["images"] == 0
-    found = compare_quality(before, after)
-    assert list(found) == ["stability", "attacked_spearman"]
-    # Paired: far narrower than the spread of either side.
-    change = found["stability"]["difference"]
-    assert change["mean"] == pytest.approx(0.1, abs=0.005) and change["high"] - change["low"] < 0.01
-    assert found["attacked_spearman"]["difference"] == {"mean": 0, "low": 0, "high": 0, "images": 40}
-    assert found["attacked_spearman"]["before"] == pytest.approx(base[60:].mean())
-    with pytest.raises(ValueError, match="stability: 100 images before, 99 after"):
-        compare_quality(before, {"stability": base[1:]})

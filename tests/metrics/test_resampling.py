@@ -1,12 +1,21 @@
 """The bootstrap against scipy's and its closed-form variance; the exact test against McNemar's and enumeration."""
 
+import subprocess
+import sys
 from itertools import product
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from hpcguard.metrics.resampling import bootstrap_means, interval, matched_test, mean_with_interval
+from hpcguard.metrics.resampling import (
+    bootstrap_means,
+    compare_figures,
+    interval,
+    matched_test,
+    mean_with_interval,
+    summarise_figures,
+)
 
 
 def test_the_interval_is_scipys() -> None:
@@ -41,6 +50,25 @@ def test_images_without_a_value_do_not_count() -> None:
     assert interval(np.array([0.0, np.nan])) == {"low": None, "high": None}
 
 
+def test_summary_and_paired_comparison() -> None:
+    generator = np.random.default_rng(1)
+    base = generator.normal(size=100)
+    before = {"stability": base, "attacked_spearman": base.copy(), "flagged_share": np.full(100, np.nan)}
+    after = {"stability": base + 0.1 + 0.01 * generator.normal(size=100), "attacked_spearman": base.copy()}
+    after["attacked_spearman"][:60] = np.nan
+    summary = summarise_figures(before)
+    assert summary["stability"]["mean"] == pytest.approx(base.mean()) and summary["flagged_share"]["images"] == 0
+    found = compare_figures(before, after)
+    assert list(found) == ["stability", "attacked_spearman"]
+    # Paired: far narrower than the spread of either side.
+    change = found["stability"]["difference"]
+    assert change["mean"] == pytest.approx(0.1, abs=0.005) and change["high"] - change["low"] < 0.01
+    assert found["attacked_spearman"]["difference"] == {"mean": 0, "low": 0, "high": 0, "images": 40}
+    assert found["attacked_spearman"]["before"] == pytest.approx(base[60:].mean())
+    with pytest.raises(ValueError, match="stability: 100 images before, 99 after"):
+        compare_figures(before, {"stability": base[1:]})
+
+
 def test_one_random_draw_is_mcnemars_exact_test() -> None:
     generator = np.random.default_rng(2)
     for share in (0.3, 0.5, 0.7):
@@ -70,3 +98,9 @@ def test_what_is_like_the_random_ones_is_seldom_found_to_differ() -> None:
         p_values.append(matched_test(outcomes[0], outcomes[1:]))
     assert np.mean(np.array(p_values) < 0.05) <= 0.07
     assert np.mean(np.array(p_values) < 0.5) > 0.25  # and not because it never finds anything
+
+
+def test_figures_of_a_report_import_no_torch() -> None:
+    modules = ", ".join(f"hpcguard.metrics.{name}" for name in ("resampling", "corruption", "vulnerability_summary"))
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

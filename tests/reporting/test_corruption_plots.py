@@ -11,7 +11,7 @@ from PIL import Image
 
 from hpcguard.config.corruptions import CORRUPTIONS
 from hpcguard.metrics.corruption import summarise_corruptions
-from hpcguard.metrics.vulnerability import summarise_vulnerability
+from hpcguard.metrics.vulnerability_summary import summarise_vulnerability
 from hpcguard.reporting.corruption_plots import corruption_figure, corruption_table
 from hpcguard.reporting.vulnerability_plots import vulnerability_figure
 
