@@ -78,8 +78,8 @@ def zero_gradients(trial: Trial) -> Alarm:
         "zero gradients",
         blind[worst],
         NO_GRADIENT,
-        "Images have no gradient to follow (saturated outputs, quantised inputs, operations without a gradient): attack "
-        "the logits in float32, or through a differentiable stand-in (BPDA).",
+        "Images have no gradient to follow (saturated outputs, quantised inputs, operations without a gradient): "
+        "attack the logits in float32, or through a differentiable stand-in (BPDA).",
         **{loss: float(blind[loss].sum()) for loss in LOSSES},
     )
 

@@ -21,10 +21,10 @@ def raise_alarms(
 ) -> list[Alarm]:
     """All alarms, on config.images of the trial's images. Models give logits and are in eval mode.
 
-    known: outcomes on the trial's images that are measured already, which stay right, bool [N]: `fgsm` and `ce` (PGD on
-    the cross-entropy), of attacks on every image that is right when clean; `margin` (PGD on the margin), which may leave
-    out what ce broke; `square`, which may leave out what both broke. square: the black-box attack to run where its
-    outcome is not known. sibling: another model of the same task. Without these the rows say that they were not measured.
+    known: outcomes on the trial's images that are measured already, which stay right, bool [N]: `fgsm` and `ce` (PGD
+    on the cross-entropy), of attacks on every image that is right when clean; `margin` (PGD on the margin), which may
+    leave out what ce broke; `square`, which may leave out what both broke. square: the black-box attack to run where
+    its outcome is not known. sibling: another model of the same task. Without these their rows are not measured.
     """
     trial, known = _drawn(trial, config.images, known or {})
     entropy = known["ce"] if "ce" in known else trial.pgd("ce", trial.right)

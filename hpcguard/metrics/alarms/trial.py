@@ -1,5 +1,6 @@
 """Trial: which images are attacked, on which model, and how."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -53,7 +54,7 @@ class Trial:
         return torch.Generator().manual_seed(4 * self.seed + purpose)
 
 
-def ascended(loss: LossName, y: Tensor):  # type: ignore[no-untyped-def]
+def ascended(loss: LossName, y: Tensor) -> Callable[[Tensor], Tensor]:
     """The loss that an attack on labels y [B] ascends: logits [B, K] to a sum over the batch."""
     if loss == "ce":
         return lambda logits: functional.cross_entropy(logits.float(), y, reduction="sum")
