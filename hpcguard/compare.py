@@ -26,7 +26,7 @@ from hpcguard.reporting.compare_results import (
 )
 from hpcguard.reporting.compare_tables import Pairs, accuracy_rows, comparison_csv, paired_rows
 from hpcguard.reporting.tables import to_markdown, to_text
-from hpcguard.runs import publish, read_json
+from hpcguard.runs import digest_file, publish, read_json
 
 EXAMPLE = (
     "python -m hpcguard.compare runs/a/results/guided.json runs/a/results/pgd.json",
@@ -63,14 +63,17 @@ def _read(path: Path) -> Measured:
         values = read_json(path, AGAIN)
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets in brackets
         raise InputError(f"{path}: damaged, not JSON that can be read ({type(error).__name__}); {AGAIN}") from error
-    result = replace(parse_result(values, str(path)), outcomes=_outcomes(path.with_suffix(".h5")))
+    result = parse_result(values, str(path))
+    result = replace(result, outcomes=_outcomes(path.with_suffix(".h5"), result.arm.result["outcomes_sha256"]))
     check_outcomes(result)
     return result
 
 
-def _outcomes(path: Path) -> Outcomes | None:
+def _outcomes(path: Path, digest: str | None) -> Outcomes | None:
     if not path.exists():
         return None
+    if digest is not None and digest != digest_file(path):
+        raise InputError(f"{path}: not the per-image outcomes that the result beside it was made of; {AGAIN}")
     from hpcguard.store.outcomes import read_outcomes  # brings torch, which results alone can do without
 
     return read_outcomes(path)

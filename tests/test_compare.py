@@ -119,6 +119,20 @@ def test_table_differences_and_files(bench: Bench, capsys: pytest.CaptureFixture
     assert sorted(path.name for path in out.iterdir()) == ["comparison.csv", "comparison.md", "comparison.png"]
 
 
+def test_what_is_right_under_every_attack_is_a_row(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    """FGSM breaks other images than PGD, so neither row is it."""
+    paths, worst = [], []
+    for seed, arm in ((1, "pgd"), (2, "guided")):
+        measured = outcomes(seed)
+        measured.right["fgsm"] = measured.right["clean"] & ~measured.right["pgd-20"] | (np.arange(IMAGES) < 60)
+        worst.append(measured.right["clean"] & measured.right["pgd-20"] & measured.right["fgsm"])
+        row = result(arm, Outcomes(measured.image_id, measured.label, {"worst": worst[-1]}))["attacks"]["worst"]
+        paths.append(bench.add("a", arm, measured, worst=row))
+    assert run_stage("compare", [str(path) for path in paths]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "guided  all of them" in line)
+    assert f"{100 * (worst[1].mean() - worst[0].mean()):+.1f} points" in line
+
+
 def test_without_per_image_outcomes_only_accuracies(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [bench.add("a", "pgd", outcomes(1)), bench.add("a", "guided", outcomes(2), per_image=False)]
     assert run_stage("compare", [str(path) for path in paths]) == 0
@@ -193,6 +207,9 @@ def test_outcomes_that_are_not_of_the_result(bench: Bench, capsys: pytest.Captur
     beside = other.with_suffix(".h5")
     bench.held[beside] = outcomes(2, 0.1)
     assert "not of one evaluation" in refused(capsys, first, other)
+    bench.add("a", "guided", two, outcomes_sha256="ab" * 32)
+    assert "not the per-image outcomes" in refused(capsys, first, other)
+    bench.add("a", "guided", two)
     bench.held[beside] = Outcomes(two.image_id + 1, two.label, two.right)
     assert "per-image image_ids differ" in refused(capsys, first, other)
     bench.held[beside] = Outcomes(two.image_id, two.label + 1, two.right)

@@ -12,6 +12,7 @@ from hpcguard.metrics.paired import Paired, compare_paired
 from hpcguard.reporting.arms import Arm
 from hpcguard.runs import differences
 
+WORST = "all of them"  # a row of its own: what is right under every attack
 AGAIN = "run `python -m hpcguard.evaluate` again"
 ANYWAY = ("batch_size", "explained", "images")  # no outcome depends on these, or the images' digest tells it already
 
@@ -88,6 +89,8 @@ class _Result(_Part):
     identity: _Identity
     alarms: list[_AlarmRow] = []
     trusted: bool | None = None
+    worst: _Accuracy | None = None
+    outcomes_sha256: str | None = None
 
     @model_validator(mode="after")
     def _is_whole(self) -> "_Result":
@@ -108,7 +111,10 @@ def parse_result(values: Mapping[str, Any], where: str) -> Measured:
         key = ".".join(map(str, first["loc"])) or "result"
         raise InputError(f"{where}: damaged, {key[:200]}: {first['msg'][:200]}; {AGAIN}") from error
     red = [row.name for row in result.alarms if row.red]
-    return Measured(where, Arm(result.arm, result.model_dump()), not red, red)
+    held = result.model_dump()
+    if held["worst"] is not None:
+        held["attacks"][WORST] = held["worst"]
+    return Measured(where, Arm(result.arm, held), not red, red)
 
 
 def check_alike(results: Sequence[Measured]) -> None:
@@ -149,9 +155,9 @@ def check_outcomes(result: Measured) -> None:
     """Raise InputError unless the per-image outcomes are those that the result sums up."""
     if result.outcomes is None:
         return
-    for attack, right in result.outcomes.right.items():
-        row = result.arm.attacks.get(attack)
-        if row is not None and (len(right) != row["of"] or int(right.sum()) != row["right"]):
+    for attack, row in result.arm.attacks.items():
+        right = _right(result.outcomes, attack)
+        if right is not None and (len(right) != row["of"] or int(right.sum()) != row["right"]):
             raise InputError(
                 f"{result.where}: says {row['right']} right of {row['of']} under {attack}, its per-image outcomes "
                 f"{int(right.sum())} of {len(right)}: not of one evaluation; {AGAIN}"
@@ -170,9 +176,16 @@ def paired_by_attack(first: Measured, other: Measured) -> dict[str, Paired]:
             raise InputError(
                 f"{other.where} cannot be compared with {first.where}: per-image {column}s differ; {AGAIN}"
             )
-    one, two = first.outcomes.right, other.outcomes.right
-    return {
-        attack: compare_paired(np.asarray(one[attack], bool), np.asarray(two[attack], bool))
-        for attack in first.arm.attacks
-        if attack in one and attack in two
-    }
+    found = {}
+    for attack in first.arm.attacks:
+        one, two = _right(first.outcomes, attack), _right(other.outcomes, attack)
+        if one is not None and two is not None:
+            found[attack] = compare_paired(one, two)
+    return found
+
+
+def _right(outcomes: Outcomes, attack: str) -> np.ndarray | None:
+    """bool [N]; None where there are none of this attack."""
+    if attack == WORST:
+        return np.logical_and.reduce(list(outcomes.right.values()))
+    return outcomes.right.get(attack)
