@@ -2,7 +2,8 @@
 
 Every stage is a module with a docstring (its help), EXAMPLE, SECTIONS (the configuration it reads),
 `add_arguments(parser)` and `run(config, arguments) -> exit status`. The stages OF_STORES read any store, which need
-not lie in a run folder: theirs is `run(path, arguments)`.
+not lie in a run folder: theirs is `run(path, arguments)`. Those OF_RESULTS read results and no configuration:
+`run(paths, arguments)`.
 """
 
 import argparse
@@ -20,8 +21,12 @@ from hpcguard.config import Config, describe_keys, load_config
 from hpcguard.errors import InputError
 from hpcguard.runs import check_private
 
-STAGES = ("attribute", "consolidate", "refine", "evaluate", "report", "loop", "status", "cancel", "inspect", "export")
+STAGES = (
+    "attribute", "consolidate", "refine", "evaluate", "compare", "report", "loop", "status", "cancel", "inspect",
+    "export",
+)  # fmt: skip
 OF_STORES = ("inspect", "export")
+OF_RESULTS = ("compare",)
 LOOKING = ("status",)  # reads others' run folders and runs nothing of theirs
 ALIASES = {"retry": "attribute"}
 ALIAS_HELP = {"retry": "Try what was given up again, with all that follows: attribute by another name."}
@@ -69,6 +74,8 @@ def run_stage(name: str, given: list[str] | None = None) -> int:
     parser = _parser(name, stage)
     try:
         arguments = parser.parse_intermixed_args(sys.argv[1:] if given is None else given)
+        if name in OF_RESULTS:
+            return int(stage.run([Path(one) for one in arguments.results], arguments))
         source = Path(arguments.config)
         if name in OF_STORES:
             return int(stage.run(source, arguments))
@@ -97,17 +104,22 @@ def _summary(stage: ModuleType) -> str:
 
 
 def _parser(name: str, stage: ModuleType) -> argparse.ArgumentParser:
-    rows = describe_keys(Config, sections=("run", "device", *stage.SECTIONS))
-    keys = [
-        f"  {key} = {default}\n" + textwrap.fill(meaning, 96, initial_indent="      ", subsequent_indent="      ")
-        for key, default, meaning in rows
-    ]
+    keys = [] if name in OF_RESULTS else ["", "keys and defaults:", *_keys(stage.SECTIONS)]
     parser = argparse.ArgumentParser(
         prog=f"python -m hpcguard.{name}",
         description=stage.__doc__,
-        epilog="\n".join(["example:", *(f"  {line}" for line in stage.EXAMPLE), "", "keys and defaults:", *keys]),
+        epilog="\n".join(["example:", *(f"  {line}" for line in stage.EXAMPLE), *keys]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    if name in OF_RESULTS:
+        parser.add_argument(
+            "results",
+            nargs="+",
+            metavar="RESULT.json",
+            help="RUN/results/ARM.json; the others are held against the first",
+        )
+        stage.add_arguments(parser)
+        return parser
     if name in OF_STORES:
         parser.add_argument("config", metavar="STORE", help="a store or shard (.h5), a run folder, or a YAML file")
     else:
@@ -115,6 +127,13 @@ def _parser(name: str, stage: ModuleType) -> argparse.ArgumentParser:
     stage.add_arguments(parser)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to single keys")
     return parser
+
+
+def _keys(sections: tuple[str, ...]) -> list[str]:
+    return [
+        f"  {key} = {default}\n" + textwrap.fill(meaning, 96, initial_indent="      ", subsequent_indent="      ")
+        for key, default, meaning in describe_keys(Config, sections=("run", "device", *sections))
+    ]
 
 
 if __name__ == "__main__":

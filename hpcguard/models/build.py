@@ -1,5 +1,6 @@
 """build_model: from a name in the configuration to a classifier on pixels in [0, 1]."""
 
+import copy
 import difflib
 import inspect
 from collections.abc import Callable
@@ -42,6 +43,8 @@ def _build_net(config: ModelConfig, num_classes: int, channels: int) -> nn.Modul
         return _construct(config, OWN[config.name], {"num_classes": num_classes, "channels": channels})
     if ":" in config.name:
         factory = import_callable(config.name, "model.name")
+        if isinstance(factory, nn.Module):
+            return _instance(config, factory)
         return _construct(config, factory, {"num_classes": num_classes} if _takes_classes(factory) else {})
     import torchvision  # takes two seconds, which our own models need not wait for
 
@@ -61,6 +64,18 @@ def _build_net(config: ModelConfig, num_classes: int, channels: int) -> nn.Modul
     defaults = {"aux_logits": False, "init_weights": True} if config.name in AUXILIARY else {}
     builder = torchvision.models.get_model_builder(config.name)
     return _construct(config, builder, {"weights": None, "num_classes": num_classes}, defaults)
+
+
+def _instance(config: ModelConfig, net: nn.Module) -> nn.Module:
+    """A copy, since weights may be loaded into it, of a module that is named itself and not what makes it."""
+    if config.options:
+        raise InputError(f"model.options = {config.options}: {config.name} is a module already; remove model.options")
+    try:
+        return copy.deepcopy(net)
+    except Exception as error:  # such as a net with torch.nn.utils.weight_norm
+        raise InputError(
+            f"model.name = {config.name}: cannot be copied ({type(error).__name__}); name a function that makes it"
+        ) from error
 
 
 def _construct(

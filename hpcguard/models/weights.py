@@ -13,16 +13,16 @@ from safetensors.torch import load_file, save_file
 from hpcguard.errors import InputError
 from hpcguard.models.normalized import Normalized
 
-WRAPPERS = ("state_dict", "model_state_dict", "model")
-PREFIXES = ("module.", "net.", "_orig_mod.")  # DataParallel and DDP, Normalized, torch.compile
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
+PREFIXES = ("module.", "net.", "_orig_mod.", "model.")  # DataParallel and DDP, Normalized, torch.compile, wrappers
 
 
 def load_weights(model: Normalized, path: Path) -> None:
     """Load a .safetensors file, or a state dict written by torch.save, into `model.net`.
 
-    Takes state dicts wrapped in a checkpoint, and keys that all begin with module. or net. Raises InputError,
-    and leaves the model as it was, for a missing, damaged or unsafe file, keys or shapes that differ, or
-    values that are not finite.
+    Takes state dicts wrapped in a checkpoint, and keys that all begin with a wrapper's name (PREFIXES). Raises
+    InputError, and leaves the model as it was, for a missing, damaged or unsafe file, keys, shapes or kinds of numbers
+    that differ, or values that are not finite.
     """
     state = _unwrap(_read(path), path)
     own = model.net.state_dict()
@@ -35,7 +35,12 @@ def load_weights(model: Normalized, path: Path) -> None:
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
-    faults = {"missing": missing, "unexpected": unexpected, "wrong shape": reshaped}
+    other_kind = [
+        f"{key} {_kind(state[key])} where the model has {_kind(own[key])}"
+        for key in own
+        if key in state and _kind(state[key]) != _kind(own[key])
+    ]
+    faults = {"missing": missing, "unexpected": unexpected, "wrong shape": reshaped, "wrong kind": other_kind}
     if any(faults.values()):
         listed = "; ".join(f"{fault}: {_few(keys)}" for fault, keys in faults.items() if keys)
         raise InputError(f"{path}: made for another model ({listed}); check model.name and model.options")
@@ -63,7 +68,7 @@ def _read(path: Path) -> Any:
         if path.suffix == ".safetensors":
             return load_file(path)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected pickle protocol")
+            warnings.filterwarnings("ignore", "Detected pickle protocol|.*looks like a TorchScript archive")
             return torch.load(path, weights_only=True, map_location="cpu")
     except PermissionError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
@@ -74,6 +79,8 @@ def _read(path: Path) -> Any:
                 f"{path}: needs code to be unpickled ({code[1]}), refused because it could run anything; "
                 "save model.state_dict() alone"
             ) from error
+        if "TorchScript" in str(error):
+            raise InputError(f"{path}: a TorchScript archive, which is code; save model.state_dict() alone") from error
         raise InputError(f"{path}: truncated, damaged or not a weights file; copy it again") from error
 
 
@@ -98,6 +105,13 @@ def _strip_prefixes(state: dict[str, torch.Tensor], own: Iterable[str]) -> dict[
     while prefix := next((one for one in wrapping if all(key.startswith(one) for key in state)), None):
         state = {key.removeprefix(prefix): values for key, values in state.items()}
     return state
+
+
+def _kind(values: torch.Tensor) -> str:
+    """What copying into a weight must not change silently: precision alone may differ."""
+    if values.layout is not torch.strided or values.is_meta:
+        return "sparse" if not values.is_meta else "without values"
+    return "floating point" if values.is_floating_point() else str(values.dtype).removeprefix("torch.")
 
 
 def _few(names: list[str]) -> str:
