@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from hpcguard.reporting.plots import BASELINE, CONTROLS, GUIDED, INK, _plain, _png, _share_axis
+from hpcguard.reporting.plots import BASELINE, CONTROLS, GUIDED, INK, plain, png, share_axis
 
 
 def corruption_figure(results: Mapping[str, Mapping[str, Any]], source: str) -> bytes:
@@ -30,13 +30,13 @@ def corruption_figure(results: Mapping[str, Mapping[str, Any]], source: str) -> 
         by_severity = [summary["clean"], *np.mean([row["severities"] for row in rows], axis=0)]
         lines.plot(range(len(by_severity)), by_severity, color=colour, marker=marker, markersize=5, linewidth=1.4)
     bars.set_xticks(range(len(names)), [name.replace("_", " ") for name in names], rotation=40, ha="right")
-    _share_axis(bars, f"accuracy, {source}")
+    share_axis(bars, f"accuracy, {source}")
     bars.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1), fontsize=9)
-    _share_axis(lines, "mean accuracy")
+    share_axis(lines, "mean accuracy")
     lines.set_xticks(range(len(by_severity)), ["clean", *range(1, len(by_severity))])
     lines.set_xlabel("severity", color=INK)
-    _plain(lines)
-    return _png(figure)
+    plain(lines)
+    return png(figure)
 
 
 def corruption_table(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:

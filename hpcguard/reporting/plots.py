@@ -51,9 +51,9 @@ def accuracy_figure(arms: Sequence[Arm]) -> bytes:
         )
     axes.set_xticks(range(len(attacks)), [attack_title(name) for name in attacks])
     axes.set_xlim(-0.5, len(attacks) - 0.5)
-    _share_axis(axes, f"accuracy, eps {radius(arms[0].evaluation['eps'])}")
+    share_axis(axes, f"accuracy, eps {radius(arms[0].evaluation['eps'])}")
     axes.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
-    return _png(figure)
+    return png(figure)
 
 
 def training_figure(arms: Sequence[Arm]) -> bytes | None:
@@ -78,14 +78,14 @@ def training_figure(arms: Sequence[Arm]) -> bytes | None:
     panels[0].set_ylabel("training loss", color=INK)
     panels[0].legend(frameon=False)
     if validated:
-        _share_axis(panels[1], "validation accuracy")
+        share_axis(panels[1], "validation accuracy")
         panels[1].plot([], [], ":", color=INK, label="dotted: clean")
         panels[1].legend(frameon=False, fontsize=8.5)
     for axes in panels:
         axes.set_xlabel("epoch", color=INK)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _plain(axes)
-    return _png(figure)
+        plain(axes)
+    return png(figure)
 
 
 def rounds_figure(rounds: Sequence[Mapping[str, Any]]) -> bytes:
@@ -103,11 +103,11 @@ def rounds_figure(rounds: Sequence[Mapping[str, Any]]) -> bytes:
         values = [math.nan if each[key] is None else each[key] for each in rounds]
         if not all(map(math.isnan, values)):
             axes.plot(numbers, values, color=colour, marker=marker, markersize=5, linewidth=1.4, label=label)
-    _share_axis(axes, "share")
+    share_axis(axes, "share")
     axes.set_xlabel("round", color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1), fontsize=8.5)
-    return _png(figure)
+    return png(figure)
 
 
 def explanation_figure(image: np.ndarray, label: str, panels: Sequence[Panel]) -> bytes:
@@ -133,7 +133,7 @@ def explanation_figure(image: np.ndarray, label: str, panels: Sequence[Panel]) -
     mappable = ScalarMappable(Normalize(-scale, scale), COLOURS)
     figure.colorbar(mappable, cax=bar, ticks=[-scale, 0, scale])
     bar.set_yticklabels([f"−{scale:.2g}", "0", f"+{scale:.2g}"], fontsize=8.5, color=INK)
-    return _png(figure)
+    return png(figure)
 
 
 def arm_styles(arms: Sequence[Arm]) -> list[tuple[str, str]]:
@@ -148,14 +148,14 @@ def _robust_label(arm: Arm) -> str:
     return f"{arm.name}, PGD-10" + (f", eps {eps:.3f}" if eps is not None else "")
 
 
-def _share_axis(axes: Axes, label: str) -> None:
+def share_axis(axes: Axes, label: str) -> None:
     axes.set_ylim(-0.03, 1.03)
     axes.set_yticks(np.linspace(0, 1, 6), [f"{share}%" for share in range(0, 101, 20)])
     axes.set_ylabel(label, color=INK)
-    _plain(axes)
+    plain(axes)
 
 
-def _plain(axes: Axes) -> None:
+def plain(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#888888")
     axes.tick_params(colors=INK, labelsize=9)
@@ -172,7 +172,7 @@ def _label(axes: Axes, title: str, caption: str, colour: str) -> None:
         spine.set(color=FAINT, linewidth=0.8)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     FigureCanvasAgg(figure)
     out = io.BytesIO()
     # Without matplotlib's version in it, the same numbers give the same bytes.
