@@ -6,8 +6,8 @@ into flagged and other pixels gives.
 
 Needs CIFAR-10 in DIR (data/cifar10) and an adversarially trained ResNet in FILE (data/weights/resnet4b.pth). An image
 takes a quarter of a minute in Linf and half a minute in L2 on one core. Flagged are the pixels of the segments whose
-|LIME coefficient| of the true label is in the image's upper fifth (SpuriousConfig, criterion weight). Ends with an error
-if a certified distortion is above what an attack found.
+|LIME coefficient| of the true label is in the image's upper fifth (SpuriousConfig, criterion weight). Ends with an
+error if a certified distortion is above what an attack found.
 """
 
 import argparse
@@ -141,7 +141,10 @@ def _constants(bound: Distortion, right: np.ndarray, middle: partial[float]) -> 
         shares[index] = split.flagged[nearest] / (split.flagged[nearest] + split.rest[nearest])
         equal = split.budget_of_rest(0.0)
         budgets[index] = equal / max(bound.values[index], 1e-300)
-    return {"constant_share_of_flagged": float(np.median(shares[right])), "budget_rest_alone": float(np.median(budgets[right]))}
+    return {
+        "constant_share_of_flagged": float(np.median(shares[right])),
+        "budget_rest_alone": float(np.median(budgets[right])),
+    }
 
 
 def _median(right: np.ndarray, scale: float, values: np.ndarray) -> float:

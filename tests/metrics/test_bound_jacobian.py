@@ -1,6 +1,8 @@
 """Bounds of a Jacobian hold for every image of the ball: against autograd, and by hand."""
 
 from collections.abc import Iterator
+from fractions import Fraction
+from operator import mul
 
 import pytest
 import torch
@@ -166,3 +168,28 @@ def test_hooks_are_refused() -> None:
     net[1].register_forward_hook(lambda *_: None)
     with pytest.raises(InputError, match="hooks"):
         trace(net, torch.Size((1, 2, 2)))
+
+
+def test_rounding_is_counted_against_exact_arithmetic() -> None:
+    """Sums of large terms that cancel: float64 is off by far more than the ball, and the box knows it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(30, 20), nn.ReLU(), nn.Linear(20, 3)).double()
+    with torch.no_grad():
+        net[1].weight.mul_(1e8)
+        net[1].weight[:, 15:] = -net[1].weight[:, :15] + torch.randn(20, 15) * 1e-7
+    half = torch.rand(1, 1, 15, dtype=torch.float64)
+    image = torch.cat([half, half], 2)
+    _, logits = activation_ranges(trace(net, torch.Size((1, 1, 30))), image, 0.0, "linf", torch.zeros(1, 1, 30).bool())
+
+    def affine(layer: nn.Module, values: list[Fraction]) -> list[Fraction]:
+        weight, bias = ([*map(Fraction, each.flatten().tolist())] for each in (layer.weight, layer.bias))
+        wide = len(values)
+        return [sum(map(mul, weight[k * wide :], values), start=bias[k]) for k in range(len(bias))]
+
+    hidden = [max(each, Fraction(0)) for each in affine(net[1], [*map(Fraction, image.flatten().tolist())])]
+    exact = affine(net[3], hidden)
+    center, error = logits.center[0].tolist(), logits.deviation()[0].tolist()
+    off = [abs(Fraction(each) - true) for each, true in zip(center, exact, strict=True)]
+    assert all(each <= Fraction(most) for each, most in zip(off, error, strict=True))
+    assert max(off) > 1e-10  # there is something to count
+    assert max(error) < 1e-3

@@ -4,36 +4,42 @@ import copy
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hpcguard.attacks.gradient import Norm, pgd, random_start
+from hpcguard.attacks.gradient import Norm
 from hpcguard.metrics.bound.grades import Distortion, Group, allowed_changes, check_images
 from hpcguard.metrics.bound.radius import diameter
 
-RADII = 127  # 7 halvings
+HALVINGS = 7  # of the logarithm of the radius
 SMALLEST = {"linf": 1e-4, "l2": 1e-3}
-HALVINGS = 14  # on the way from an image to its adversarial
+BELOW = 0.999  # of the nearest so far, where a target is tried first
+PULLS = 14  # halvings of the way from an image to its adversarial
 
 
 def measured(
     model: nn.Module, x: Tensor, y: Tensor, norm: Norm, flagged: Tensor | None = None, group: Group = "all",
-    steps: int = 40, seed: int = 0, batch_size: int = 256, also: Sequence[Tensor] = (),
+    steps: int = 40, targets: int = 9, seed: int = 0, batch_size: int = 256, also: Sequence[Tensor] = (),
 ) -> Distortion:  # fmt: skip
     """Distances [B] to the nearest wrong image found: PGD on the margin, its radius bisected, and what it found pulled
     back towards the image. inf where nothing was found, 0 for images that are wrong already.
 
-    also: images [B, C, H, W] that another attack found, such as FAB. All are checked here: in [0, 1], changed in the
-    group's coordinates alone, wrong for the model in float64; the distance is in float64. Raises InputError for NaN or
-    infinite pixels or logits.
+    targets: so many wrong classes, by descending logit, are then tried each at radii below what was found, from the
+    image itself and not from a random start. also: images [B, C, H, W] that another attack found, such as FAB. All are
+    checked here: in [0, 1], changed in the group's coordinates alone, wrong for the model in float64; the distance is
+    in float64. Raises InputError for NaN or infinite pixels or logits.
     """
     check_images(model, x)
     search = _Search(model, x, y, norm, allowed_changes(x, flagged, group).to(x.device), batch_size)
     for found in (x, *also):
         search.take(found, torch.arange(len(x)))
-    search.bisect(steps, seed)
-    search.pull_back()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        order = torch.cat([model(part) for part in x.split(batch_size)]).scatter(1, y[:, None], -math.inf)
+    ranked = order.argsort(1, descending=True)[:, : order.shape[1] - 1]
+    for target in (None, *ranked[:, :targets].T):
+        search.bisect(target, steps, generator)
+        search.pull_back()
     return Distortion("measured", norm, group, search.nearest.numpy())
 
 
@@ -65,18 +71,26 @@ class _Search:
         self.best[rows[nearer]] = images[nearer.to(images.device)]
         return found
 
-    def bisect(self, steps: int, seed: int) -> None:
-        """Bisect over a common grid of radii, so that images at the same radius are attacked together."""
-        radii = np.geomspace(SMALLEST[self.norm], diameter(self.norm, self.x[0].numel()), RADII)
-        low, high = torch.full((len(self.x),), -1), torch.full((len(self.x),), RADII)
-        for _ in range(RADII.bit_length()):
-            middle = (low + high) // 2
-            active = (high - low > 1) & (self.nearest > 0)
-            for index in middle[active].unique().tolist():
-                for rows in (active & (middle == index)).nonzero()[:, 0].split(self.batch_size):
-                    found = self.take(self._attack(rows, float(radii[index]), steps, seed), rows)
-                    high[rows[found]] = index
-                    low[rows[~found]] = index
+    def bisect(self, target: Tensor | None, steps: int, generator: torch.Generator) -> None:
+        """Bisect the radius of PGD, each image its own.
+
+        target: a class each [B]; None: whichever is nearest to the true one. Begins just below what was found so far
+        and leaves an image there where nothing is found.
+        """
+        high = self.nearest.clamp(max=diameter(self.norm, self.x[0].numel()))
+        floor = torch.full_like(high, SMALLEST[self.norm]) if target is None else high / 8
+        low, radius = floor, high * BELOW
+        active = self.nearest > 0
+        for turn in range(1 + HALVINGS):
+            rows = active.nonzero()[:, 0]
+            found = torch.zeros_like(active)
+            for part in rows.split(self.batch_size):
+                found[part] = self.take(self._attack(part, target, radius[part], steps, generator), part)
+            # Where the first radius is too small for a target, all smaller ones are.
+            active = active & found if turn == 0 and target is not None else active
+            high, low = torch.where(found, torch.minimum(radius, self.nearest), high), torch.where(found, low, radius)
+            low = torch.minimum(low, high) if turn else floor
+            radius = (low * high).sqrt()
 
     def pull_back(self) -> None:
         """Bisect along the line from the image to the nearest wrong one."""
@@ -85,21 +99,40 @@ class _Search:
             return
         far, x = self.best[rows], self.x[rows]
         low, high = torch.zeros(len(rows)), torch.ones(len(rows))
-        for _ in range(HALVINGS):
+        for _ in range(PULLS):
             middle = (low + high) / 2
             found = self.take((x + middle.to(x)[:, None, None, None] * (far - x)).clamp(0, 1), rows)
             high, low = torch.where(found, middle, high), torch.where(found, low, middle)
 
-    def _attack(self, rows: Tensor, radius: float, steps: int, seed: int) -> Tensor:
-        x, y, where = self.x[rows], self.y[rows], self.where[rows]
-        noise = torch.empty(x.shape).uniform_(-1, 1, generator=torch.Generator().manual_seed(seed)).to(x)
-        start = random_start(x, noise, radius / 4, self.norm, where)
+    def _attack(
+        self, rows: Tensor, target: Tensor | None, radius: Tensor, steps: int, generator: torch.Generator
+    ) -> Tensor:
+        """PGD on the margin with a radius for each image, from a random start, or from the image for a target."""
+        x, y, where, norm = self.x[rows], self.y[rows], self.where[rows], self.norm
+        size = radius.to(x)[:, None, None, None]
+        attacked = x
+        if target is None:
+            noise = torch.empty(x.shape).uniform_(-1, 1, generator=generator).to(x) * where
+            attacked = (x + noise / 4 * (size if norm == "linf" else size / _length(noise))).clamp(0, 1)
+        for step in range(steps):
+            moved = attacked.detach().requires_grad_()
+            with torch.enable_grad():
+                gain = _gain(self.model(moved), y, None if target is None else target[rows])
+                gradient = torch.autograd.grad(gain, moved)[0] * where
+            # Long steps first, which reach the surface; short ones settle on it.
+            direction = gradient.sign() if norm == "linf" else gradient / _length(gradient)
+            change = attacked - x + 2 * size * (1 - step / steps) ** 2 * direction
+            change = change.clamp(-size, size) if norm == "linf" else change * (size / _length(change)).clamp(max=1)
+            attacked = (x + change).clamp(0, 1)
+        return attacked
 
-        def margin(logits: Tensor) -> Tensor:
-            others = logits.scatter(1, y[:, None], -math.inf).amax(1)
-            return (others - logits.gather(1, y[:, None])[:, 0]).sum()
 
-        return pgd(
-            self.model, x, y, radius, steps, step_size=2.5 * radius / steps, start=start, norm=self.norm, where=where,
-            loss=margin,
-        )  # fmt: skip
+def _gain(logits: Tensor, y: Tensor, target: Tensor | None) -> Tensor:
+    own = logits.gather(1, y[:, None])
+    if target is None:
+        return (logits.scatter(1, y[:, None], -math.inf).amax(1) - own[:, 0]).sum()
+    return (logits.gather(1, target[:, None]) - own).sum()
+
+
+def _length(values: Tensor) -> Tensor:
+    return values.flatten(1).norm(dim=1).clamp_min(1e-20)[:, None, None, None]
