@@ -32,7 +32,7 @@ class Residual(nn.Module):
         x = self.act(self.bn1(self.conv1(x)))
         x = self.act(self.left(x)) - self.other(self.right(x))  # noise of two branches
         x = functional.pad(self.pool(x), (0, 1, 1, 0)) * 2 + 0.1
-        return self.linear(functional.silu(x).mean((2, 3)))
+        return 0.3 - self.linear(functional.silu(0.5 * x).mean((2, 3)))
 
 
 def randomised(net: nn.Module) -> nn.Module:
@@ -139,6 +139,28 @@ class Branching(nn.Module):
         return x.flatten(1) if x.sum() > 0 else -x.flatten(1)
 
 
+class OfBatch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - x.mean(0, keepdim=True)).flatten(1)
+
+
+class Reflected(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.pad(x, (1, 1, 1, 1), "reflect").flatten(1)
+
+
+class Changing(nn.Module):
+    """Another function each time it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x.flatten(1) * self.calls
+
+
 class Product(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return (x * x).flatten(1)
@@ -151,6 +173,9 @@ class Product(nn.Module):
         (Sigmoid(), "sigmoid"),
         (Branching(), "traced"),
         (Product(), "mul"),
+        (OfBatch(), "mean"),
+        (Reflected(), "pad"),
+        (Changing(), "do not compute"),
         (nn.Sequential(nn.MaxPool2d(2, padding=1), nn.Flatten()), "max-pooling"),
         (nn.Sequential(nn.Conv2d(3, 2, 3, padding=1, padding_mode="reflect"), nn.Flatten()), "Conv2d"),
         (nn.Sequential(nn.GELU(approximate="tanh"), nn.Flatten()), "GELU"),

@@ -47,10 +47,29 @@ def trace(model: nn.Module, shape: torch.Size) -> list[Step]:
     except Exception as error:  # torch.fx raises what it likes, and code that looks at values anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"bound: the model cannot be traced by torch.fx ({reason}); {REMEDY}") from error
-    return _Builder(graph, shape).build()
+    steps = _Builder(graph, shape).build()
+    _check_same(steps, net, shape)
+    return steps
 
 
 REMEDY = "certified bounds need a plain feed-forward net; use the estimated and measured grades alone"
+
+
+@torch.no_grad()
+def _check_same(steps: list[Step], net: nn.Module, shape: torch.Size) -> None:
+    """Refuse a net that does not compute what was traced, on three random images."""
+    images = torch.rand(3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    values = [images]
+    for step in steps[1:]:
+        inputs = [values[each] for each in step.inputs]
+        if step.activation is not None:
+            values.append(step.activation.function(inputs[0]))
+        else:
+            assert step.linear is not None and step.offset is not None
+            values.append(step.linear(*inputs) + step.offset)
+    answer = net(images)
+    if not torch.allclose(values[-1], answer, rtol=1e-6, atol=1e-6 * float(answer.abs().max())):
+        raise InputError(f"bound: the traced steps do not compute what the model does; {REMEDY}")
 
 
 class MaxAsRelu(nn.Module):
@@ -134,8 +153,8 @@ class _Builder:
         inputs, shape = tuple(self.number[each] for each in operands), self.values[node].shape[1:]
         name = _label(self.graph, node)
         activation = _activation(self.graph, node)
-        if activation is not None:
-            return Step(name, inputs[:1], shape, activation=activation)
+        if activation is not None and len(operands) == 1:
+            return Step(name, inputs, shape, activation=activation)
         known = {*operands} == {each for each in node.all_input_nodes if each in self.number}
         found = self._affine(node, operands) if known and len(self.values[node]) == 2 else None
         if found is None:
@@ -179,10 +198,11 @@ class _Builder:
 
     def _averages(self, node: fx.Node) -> bool:
         """Functions with weights of their own that are not negative and of one input, image by image."""
-        if node.target in (functional.pad, operator.getitem):
-            keep = node.target is functional.pad or node.args[1][0] == slice(None)  # type: ignore[index]
-            constant = node.kwargs.get("mode", "constant") == "constant" and not node.kwargs.get("value")
-            return bool(keep and constant) and len(node.args) <= (3 if node.target is functional.pad else 2)
+        if node.target is functional.pad:
+            plain = node.kwargs.get("mode", "constant") == "constant" and not node.kwargs.get("value")
+            return bool(plain) and len(node.args) == 2
+        if node.target is operator.getitem:
+            return isinstance(node.args[1], tuple) and node.args[1][0] == slice(None)
         if node.target in ("mean", torch.mean):
             dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
             rank = self.values[cast(fx.Node, node.args[0])].ndim
@@ -191,7 +211,7 @@ class _Builder:
         return node.target in POOLS
 
     def _arithmetic(self, node: fx.Node, operands: list[fx.Node]) -> tuple[Linear, Linear, int] | None:
-        """Sums and differences, and products and quotients by a constant on the right."""
+        """Sums and differences, and products and quotients by a constant."""
         kind = ARITHMETIC[node.target]
         shapes = {self.values[each].shape for each in (node, *operands)}
         if node.kwargs or len(node.args) != 2 or len(shapes) > 1:  # torch.add's alpha, broadcast operands
@@ -201,8 +221,8 @@ class _Builder:
             return (lambda one, other: one + sign * other), (lambda one, other: one + other), 2
         if kind in "+-":
             factor = torch.tensor(1 if node.args[0] in self.number else sign)
-        elif len(operands) == 1 and node.args[0] is operands[0]:
-            constant = node.args[1]
+        elif len(operands) == 1 and (kind == "*" or node.args[0] is operands[0]):
+            constant = node.args[1] if node.args[0] is operands[0] else node.args[0]
             value = torch.as_tensor(self.values[constant] if isinstance(constant, fx.Node) else constant).double()
             factor = value if kind == "*" else 1 / value
         else:
@@ -231,7 +251,7 @@ def _label(graph: fx.GraphModule, node: fx.Node) -> str:
 
 def _activation(graph: fx.GraphModule, node: fx.Node) -> Activation | None:
     if node.op != "call_module":
-        plain = not {*node.kwargs} - {"inplace"} and len(node.args) <= 2
+        plain = not {*node.kwargs} - {"inplace"} and len(node.args) == 1
         return ACTIVATED.get(node.target) if plain else None
     layer = graph.get_submodule(str(node.target))
     if isinstance(layer, nn.GELU) and layer.approximate != "none":
