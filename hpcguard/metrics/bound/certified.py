@@ -5,6 +5,8 @@ affine form as well, multiplied at each activation by the range of its slope (Fa
 symbols in the place of intervals). Sound in floating point: see forms.py.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -14,12 +16,14 @@ from hpcguard.errors import InputError
 from hpcguard.metrics.bound.forms import EPS, Form, back_through, plus, relaxed, through
 from hpcguard.metrics.bound.grades import Distortion, Group, Split, allowed_changes, check_images
 from hpcguard.metrics.bound.network import Step, trace
+from hpcguard.metrics.bound.normalisation import normalise, normalise_back
 from hpcguard.metrics.bound.radius import diameter, plain_bound, search_radius, stepwise_bound
 
 LARGEST = 20_000  # coordinates of an image: a form holds a row for each of them
 FIRST_SHARE = {"linf": 0.1, "l2": 0.03}  # of what the gradient promises: about what is certified for a small ResNet
 
-Ranges = dict[int, tuple[Tensor, Tensor]]
+Ranges = dict[int, Any]
+"""Of each activation the lower and upper bounds of what goes into it; of each GroupNorm what `normalise` gives."""
 
 
 def certified(
@@ -114,8 +118,12 @@ def activation_ranges(
         if step.activation is not None:
             form = forms[step.inputs[0]]
             spread = form.deviation() + 4 * EPS * form.center.abs()
-            ranges[number] = form.center - spread, form.center + spread
-            forms[number] = relaxed(form, *step.activation.relax(*ranges[number]), weight)
+            low, high = form.center - spread, form.center + spread
+            ranges[number] = low, high
+            forms[number] = relaxed(form, *step.activation.relax(low, high), weight)
+            weight = forms[number].weight
+        elif step.normalisation is not None:
+            forms[number], ranges[number] = normalise(step.normalisation, forms[step.inputs[0]], weight)
             weight = forms[number].weight
         elif step.inputs:
             forms[number] = through(step, [forms[each] for each in step.inputs])
@@ -143,8 +151,11 @@ def jacobian_bound(steps: list[Step], ranges: Ranges, label: int) -> Tensor:
             continue  # nothing that the logits depend on
         step, form = steps[number], forms.pop(number)
         if step.activation is not None:
-            gradients = [_times_slope(form, *step.activation.slopes(*ranges[number]), weight)]
+            low, high = ranges[number]
+            gradients = [_times_slope(form, *step.activation.slopes(low, high), weight)]
             weight = gradients[0].weight
+        elif step.normalisation is not None:
+            gradients = [normalise_back(step.normalisation, form, ranges[number], weight)]
         else:
             gradients = back_through(step, [steps[each].shape for each in step.inputs], form)
         for each, gradient in zip(step.inputs, gradients, strict=True):

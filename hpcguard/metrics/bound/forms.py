@@ -19,6 +19,7 @@ from hpcguard.metrics.bound.network import Linear, Step
 
 EPS = 2.0**-52  # 2 u
 UNDERFLOW = 1e-290
+MOST_NOISE = 4096  # noise rows of one activation: memory
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Form:
 def through(step: Step, inputs: Sequence[Form]) -> Form:
     """The set of the step's values for inputs of these sets, an affine step."""
     assert step.linear is not None and step.magnitude is not None and step.offset is not None
-    moved = _applied(step.linear, step.magnitude, step.terms, _aligned(inputs))
+    moved = applied(step.linear, step.magnitude, step.terms, _aligned(inputs))
     center = moved.center + step.offset
     return replace(moved, center=center, box=moved.box + EPS * (step.offset.abs() + center.abs()))
 
@@ -65,9 +66,7 @@ def back_through(step: Step, shapes: Sequence[torch.Size], form: Form) -> list[F
     """The set of gradients with respect to each input, of `shapes`, from that with respect to the step's values."""
     assert step.linear is not None and step.magnitude is not None
     return [
-        _applied(
-            _transposed(step.linear, shapes, place), _transposed(step.magnitude, shapes, place), step.terms, [form]
-        )
+        applied(_transposed(step.linear, shapes, place), _transposed(step.magnitude, shapes, place), step.terms, [form])
         for place in range(len(shapes))
     ]
 
@@ -75,18 +74,22 @@ def back_through(step: Step, shapes: Sequence[torch.Size], form: Form) -> list[F
 def plus(first: Form, second: Form) -> Form:
     """The set of sums."""
     add = lambda one, other: one + other  # noqa: E731
-    return _applied(add, add, 2, _aligned([first, second]))
+    return applied(add, add, 2, _aligned([first, second]))
 
 
 def relaxed(form: Form, slope: Tensor, shift: Tensor, error: Tensor, weight: Tensor) -> Form:
-    """slope * form + shift +- error; every value with an error is given a noise row.
+    """slope * form + shift +- error; the MOST_NOISE largest errors get a noise row each, the rest goes to the box.
 
     slope, shift: one set [1, ...] for all; error: [K, ...]. weight: of all noise numbers given so far, [K, m].
     """
-    form = _padded(form, weight)
+    form = padded(form, weight)
     center = form.center * slope + shift
     lost = 4 * EPS * (slope.abs() * form.magnitude() + shift.abs() + center.abs()) + UNDERFLOW
-    places = error.amax(0).flatten().nonzero()[:, 0]
+    largest = error.amax(0).flatten()
+    places = largest.nonzero()[:, 0]
+    if len(places) > MOST_NOISE:
+        places = largest.topk(MOST_NOISE).indices
+    left = error.flatten(1).index_fill(1, places, 0.0).view_as(error)
     fresh = form.rows.new_zeros(len(places), error[0].numel())
     fresh[torch.arange(len(places)), places] = 1
     return replace(
@@ -95,11 +98,12 @@ def relaxed(form: Form, slope: Tensor, shift: Tensor, error: Tensor, weight: Ten
         ball=form.ball * slope,
         rows=torch.cat([form.rows * slope, fresh.view(-1, *form.rows.shape[1:])]),
         weight=torch.cat([weight, error.flatten(1)[:, places] * (1 + 4 * EPS)], 1),
-        box=form.box * slope.abs() + lost,
+        box=form.box * slope.abs() + lost + left,
     )
 
 
-def _applied(linear: Linear, magnitude: Linear, terms: int, inputs: Sequence[Form]) -> Form:
+def applied(linear: Linear, magnitude: Linear, terms: int, inputs: Sequence[Form]) -> Form:
+    """A linear map of aligned forms; `magnitude`: its absolute weights; terms: the products that an output adds up."""
     with torch.no_grad():
         lost = (terms + 8) * EPS * magnitude(*(each.magnitude() for each in inputs))
         return replace(
@@ -113,10 +117,10 @@ def _applied(linear: Linear, magnitude: Linear, terms: int, inputs: Sequence[For
 
 def _aligned(forms: Sequence[Form]) -> list[Form]:
     longest = max((each.weight for each in forms), key=lambda weight: weight.shape[1])
-    return [_padded(each, longest) for each in forms]
+    return [padded(each, longest) for each in forms]
 
 
-def _padded(form: Form, weight: Tensor) -> Form:
+def padded(form: Form, weight: Tensor) -> Form:
     """With zeros for the noise numbers that were given elsewhere; `weight` begins with the form's own."""
     missing = form.rows.new_zeros(weight.shape[1] - len(form.rows), *form.rows.shape[1:])
     return replace(form, rows=torch.cat([form.rows, missing]), weight=weight) if len(missing) else form

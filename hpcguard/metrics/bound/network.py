@@ -18,7 +18,7 @@ Linear = Callable[..., Tensor]  # rows [m, ...] of each input to rows [m, ...]
 
 @dataclass(frozen=True)
 class Step:
-    """Affine: linear(inputs) + offset, its absolute weights in `magnitude`; or an activation of one input.
+    """Affine: linear(inputs) + offset, its absolute weights in `magnitude`; or an activation or GroupNorm of one input.
 
     inputs: numbers of earlier steps, 0 is the image. terms: the most products added up for one output or, in the
     transpose, one input: what rounding errors grow with.
@@ -32,6 +32,7 @@ class Step:
     offset: Tensor | None = None
     terms: int = 2
     activation: Activation | None = None
+    normalisation: nn.GroupNorm | None = None
 
 
 def trace(model: nn.Module, shape: torch.Size) -> list[Step]:
@@ -64,6 +65,8 @@ def _check_same(steps: list[Step], net: nn.Module, shape: torch.Size) -> None:
         inputs = [values[each] for each in step.inputs]
         if step.activation is not None:
             values.append(step.activation.function(inputs[0]))
+        elif step.normalisation is not None:
+            values.append(step.normalisation(inputs[0]))
         else:
             assert step.linear is not None and step.offset is not None
             values.append(step.linear(*inputs) + step.offset)
@@ -155,6 +158,9 @@ class _Builder:
         activation = _activation(self.graph, node)
         if activation is not None and len(operands) == 1:
             return Step(name, inputs, shape, activation=activation)
+        layer = self.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if type(layer) is nn.GroupNorm and len(operands) == 1:
+            return Step(name, inputs, shape, normalisation=layer)
         known = {*operands} == {each for each in node.all_input_nodes if each in self.number}
         found = self._affine(node, operands) if known and len(self.values[node]) == 2 else None
         if found is None:
