@@ -5,9 +5,9 @@ into flagged and other pixels gives.
   python tools/bench_bound.py [--json] [--parts linf,l2,split] [--images 200] [--cifar10 DIR] [--weights FILE]
 
 Needs CIFAR-10 in DIR (data/cifar10) and an adversarially trained ResNet in FILE (data/weights/resnet4b.pth). An image
-takes five seconds in Linf and L2 each on a free core, and more with more --evaluations. Flagged are the pixels of the segments whose
-|LIME coefficient| of the true label is in the image's upper fifth (SpuriousConfig, criterion weight). Ends with an
-error if a certified distortion is above what an attack found.
+takes about six seconds a norm on a free core, and as much again for each further one of --evaluations. Flagged are the
+pixels of the segments whose |LIME coefficient| of the true label is in the image's upper fifth (SpuriousConfig,
+criterion weight). Ends with an error if a certified distortion is above what an attack found.
 """
 
 import argparse

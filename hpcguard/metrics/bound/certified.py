@@ -28,7 +28,7 @@ Ranges = dict[int, Any]
 
 def certified(
     model: nn.Module, x: Tensor, y: Tensor, norm: Norm, flagged: Tensor | None = None, group: Group = "all",
-    evaluations: int = 3,
+    evaluations: int = 4,
 ) -> Distortion:  # fmt: skip
     """Distortions below which no change of the group's coordinates changes the answer, proven, on a CPU in float64.
 
@@ -156,6 +156,7 @@ def jacobian_bound(steps: list[Step], ranges: Ranges, label: int) -> Tensor:
             weight = gradients[0].weight
         elif step.normalisation is not None:
             gradients = [normalise_back(step.normalisation, form, ranges[number], weight)]
+            weight = gradients[0].weight
         else:
             gradients = back_through(step, [steps[each].shape for each in step.inputs], form)
         for each, gradient in zip(step.inputs, gradients, strict=True):

@@ -10,7 +10,7 @@ Evaluated = list[tuple[float, np.ndarray]]
 
 SAME = 0.999  # phi(r) / phi(0) from where on the margins count as linear
 CLOSE = 0.02  # log(phi / r) at which the search ends
-LONGEST_STEP = 4
+LONGEST_STEP = 8
 
 
 def diameter(norm: str, coordinates: int) -> float:
