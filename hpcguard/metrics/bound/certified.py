@@ -35,10 +35,10 @@ def certified(
     flagged: bool [B, 1 or C, H, W]. evaluations: radii at which an image's Jacobian is bounded. 0 for images that are
     wrong already. Raises InputError for layers that cannot be bounded, and for NaN or infinite pixels or logits.
     """
-    steps = trace(model, x.shape[1:])
+    check_images(model, x)
     if x[0].numel() > LARGEST:
         raise InputError(f"bound: images of {x[0].numel()} values, certified bounds take at most {LARGEST}")
-    check_images(model, x)
+    steps = trace(model, x.shape[1:])
     allowed = allowed_changes(x, flagged, group)
     inside = allowed_changes(x, flagged, "flagged" if flagged is not None else "all")
     values, splits = np.zeros(len(x)), []

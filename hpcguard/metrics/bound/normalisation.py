@@ -50,7 +50,7 @@ def normalise_back(layer: nn.GroupNorm, form: Form, known: Normalised, weight: T
     """The set of gradients with respect to what goes into the layer, from that with respect to its values.
 
     With z + e in the place of z, (I - z z' / n) w is less by z mean(e w), one symbol a group, and e mean((z + e) w),
-    one a value. The error of s moves along what it multiplies, one symbol a group and margin, and a box of second order.
+    one a value. The error of s moves along what it multiplies, one symbol a group and margin; the rest goes to the box.
     """
     z, error, middle, half = known
     size = z[0].numel() // layer.num_groups
