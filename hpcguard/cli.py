@@ -2,7 +2,7 @@
 
 Every stage is a module with a docstring (its help), EXAMPLE, SECTIONS (the configuration it reads),
 `add_arguments(parser)` and `run(config, arguments) -> exit status`. The stages OF_STORES read any store, which need
-not lie in a run folder: theirs is `run(path, arguments)`.
+not lie in a run folder, and those OF_SWEEPS a sweep: theirs is `run(path, arguments)`.
 """
 
 import argparse
@@ -17,11 +17,17 @@ from hpcguard import __version__
 from hpcguard.cluster.lifetime import end_with_owner
 from hpcguard.cluster.ranks import end_world, rank_name, tell_fault
 from hpcguard.config import Config, describe_keys, load_config
+from hpcguard.config.sweep import SweepConfig
 from hpcguard.errors import InputError
 from hpcguard.runs import check_private
+from hpcguard.sweeps.folder import is_sweep
 
-STAGES = ("attribute", "consolidate", "refine", "evaluate", "report", "loop", "status", "cancel", "inspect", "export")
+STAGES = (
+    "attribute", "consolidate", "refine", "evaluate", "report", "loop", "sweep",
+    "status", "cancel", "inspect", "export",
+)  # fmt: skip
 OF_STORES = ("inspect", "export")
+OF_SWEEPS = ("sweep",)  # take a sweep's YAML file or folder
 LOOKING = ("status",)  # reads others' run folders and runs nothing of theirs
 ALIASES = {"retry": "attribute"}
 ALIAS_HELP = {"retry": "Try what was given up again, with all that follows: attribute by another name."}
@@ -70,8 +76,10 @@ def run_stage(name: str, given: list[str] | None = None) -> int:
     try:
         arguments = parser.parse_intermixed_args(sys.argv[1:] if given is None else given)
         source = Path(arguments.config)
-        if name in OF_STORES:
+        if name in OF_STORES + OF_SWEEPS:
             return int(stage.run(source, arguments))
+        if name == "status" and is_sweep(source):
+            return int(stage.run_sweep(source, arguments))
         config = load_config(source, arguments.overrides)
         if config.run.is_dir() and name not in LOOKING:
             check_private(config.run)  # its files may name code to be run
@@ -97,7 +105,10 @@ def _summary(stage: ModuleType) -> str:
 
 
 def _parser(name: str, stage: ModuleType) -> argparse.ArgumentParser:
-    rows = describe_keys(Config, sections=("run", "device", *stage.SECTIONS))
+    if name in OF_SWEEPS:
+        rows = describe_keys(SweepConfig)
+    else:
+        rows = describe_keys(Config, sections=("run", "device", *stage.SECTIONS))
     keys = [
         f"  {key} = {default}\n" + textwrap.fill(meaning, 96, initial_indent="      ", subsequent_indent="      ")
         for key, default, meaning in rows
@@ -110,6 +121,8 @@ def _parser(name: str, stage: ModuleType) -> argparse.ArgumentParser:
     )
     if name in OF_STORES:
         parser.add_argument("config", metavar="STORE", help="a store or shard (.h5), a run folder, or a YAML file")
+    elif name in OF_SWEEPS:
+        parser.add_argument("config", metavar="SWEEP", help="a sweep's YAML file, or its folder")
     else:
         parser.add_argument("config", metavar="CONFIG", help="a YAML file, or a run folder (its config.yaml)")
     stage.add_arguments(parser)
