@@ -42,6 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(source: Path, arguments: argparse.Namespace) -> int:
     sweep, base = load_sweep(source, arguments.overrides)
+    if base.cluster.executor == "slurm":
+        raise InputError(
+            "cluster.executor = slurm: a sweep runs its jobs where it is; write local, and start it within a job"
+        )
     try:
         cells = expand(sweep)
         _check_control(sweep, [cell.values for cell in cells])

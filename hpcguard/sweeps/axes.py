@@ -125,6 +125,9 @@ def check_key(key: str, where: str) -> None:
 
 
 def check_once(values: list[Any], where: str) -> None:
-    texts = [json.dumps(value, sort_keys=True) for value in values]
-    if twice := next((text for place, text in enumerate(texts) if text in texts[:place]), None):
-        raise InputError(f"{where}: {twice} is there twice; write each value once")
+    seen: set[str] = set()
+    for value in values:
+        text = json.dumps(value, sort_keys=True)
+        if text in seen:
+            raise InputError(f"{where}: {text} is there twice; write each value once")
+        seen.add(text)

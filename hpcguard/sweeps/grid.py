@@ -98,7 +98,10 @@ def _check_apart(groups: list[Group], seed_keys: list[str]) -> None:
 
 
 def _without(points: list[Option], excluded: list[dict[str, Any]]) -> list[Option]:
+    known = {name for point in points for name in point.values}
     for place, pattern in enumerate(excluded):
+        if unknown := sorted(pattern.keys() - known):
+            raise InputError(f"exclude[{place}]: {unknown[0]} is none of the axes {', '.join(sorted(known))}")
         kept = [point for point in points if not matches(point.values, pattern)]
         if not pattern or len(kept) == len(points):
             raise InputError(f"exclude[{place}] = {pattern}: fits no cell; write axes and values as they are above")
@@ -107,8 +110,8 @@ def _without(points: list[Option], excluded: list[dict[str, Any]]) -> list[Optio
 
 
 def matches(values: Mapping[str, Any], pattern: Mapping[str, Any]) -> bool:
-    """Whether a cell has all values that a pattern names."""
-    return all(name in values and same(values[name], value) for name, value in pattern.items())
+    """Whether a cell has all values that a pattern names; null is what a cell has that does not name an axis."""
+    return all(same(values.get(name), value) for name, value in pattern.items())
 
 
 def _explicit(given: Mapping[str, Any], groups: list[Group], where: str) -> Option:

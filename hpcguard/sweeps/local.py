@@ -17,7 +17,7 @@ from hpcguard.config import Config
 from hpcguard.runs import claimed, write_json
 from hpcguard.sweeps.evidence import has_its_bytes, is_done
 from hpcguard.sweeps.folder import SweepFolder, measured_alike, write_yaml
-from hpcguard.sweeps.jobs import Graph, Job, command, job_config
+from hpcguard.sweeps.jobs import Graph, Job, Kind, command, job_config
 from hpcguard.sweeps.ready import Ready
 
 LOOK_EVERY_S = 0.05
@@ -81,9 +81,10 @@ class LocalRun:
         name = batch[0].name + (f"+{len(batch) - 1}" if len(batch) > 1 else "")
         slot = min(set(range(self.max_jobs)) - {child.slot for child in self.children})
         file = self.folder.config(name)
-        words = [*command(file, batch), *on_gpu(self.base, slot, self.gpus)]
+        config = job_config(self.folder.path, self.base, batch, self.graph.inputs)
+        words = [*command(file, batch), *on_gpu(config, batch[0].kind, slot, self.gpus)]
         line = shlex.join(["hpcguard", *words])
-        write_yaml(file, job_config(self.folder.path, self.base, batch, self.graph.inputs), f"# {line}\n")
+        write_yaml(file, config, f"# {line}\n")
         locks = ExitStack()
         for job in batch:
             locks.enter_context(claimed(self.folder.lock(job.name)))
@@ -158,10 +159,13 @@ class LocalRun:
         self._settle(ready)
 
 
-def on_gpu(base: Config, slot: int, gpus: int) -> list[str]:
-    """The override that gives the processes of a slot their GPU, where there are several and a job wants one."""
-    alone = base.refinement.processes == 1 and base.evaluation.workers == 1 and base.cluster.workers == 1
-    return [f"device=cuda:{slot % gpus}"] if base.device == "auto" and gpus > 1 and alone else []
+def on_gpu(config: Mapping[str, Any], kind: Kind, slot: int, gpus: int) -> list[str]:
+    """The override that gives the processes of a slot their GPU: where there are several, and a job has one process."""
+    if kind == "refine":
+        processes = max(arm["processes"] for arm in config["controls"].values())
+    else:
+        processes = config["evaluation" if kind == "evaluate" else "cluster"]["workers"]
+    return [f"device=cuda:{slot % gpus}"] if config["device"] == "auto" and gpus > 1 and processes == 1 else []
 
 
 def _why(child: _Child, tail: str) -> str:

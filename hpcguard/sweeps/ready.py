@@ -15,14 +15,18 @@ class Ready:
     def __init__(self, graph: Graph, todo: Sequence[str], pack: int) -> None:
         self._graph, self._pack = graph, pack
         self._place = {name: place for place, name in enumerate(todo)}
-        self._waits = {name: set(graph.jobs[name].needs) & self._place.keys() for name in todo}
+        self._left = set(todo)
+        self._waits = {name: set(graph.jobs[name].needs) & self._left for name in todo}
         self._held_up_by: dict[str, list[str]] = defaultdict(list)
         for name, needs in self._waits.items():
             for need in needs:
                 self._held_up_by[need].append(name)
         self._heap: list[tuple[int, int, str]] = []
         self._alike: dict[tuple[str, ...], list[str]] = defaultdict(list)  # that could go into one process
-        self._alone: set[str] = set()
+        # A store begins as soon as it can, whatever else could be trained together with its model.
+        stores = [graph.jobs[name] for name in todo if graph.jobs[name].kind == "attribute"]
+        self._first = {need for store in stores for need in store.needs}
+        self._alone = set(self._first)
         for name in [name for name, needs in self._waits.items() if not needs]:
             self._open(name)
 
@@ -30,12 +34,12 @@ class Ready:
         """The next jobs for one process; none if none may start now."""
         while self._heap:
             _, _, name = heapq.heappop(self._heap)
-            if name not in self._place:
+            if name not in self._left:
                 continue  # it went with an earlier one
             alike = self._alike[self._key(name)]
             batch = [name] if name in self._alone else [name, *(each for each in alike if each != name)][: self._pack]
             for each in batch:
-                del self._place[each]
+                self._left.discard(each)
                 alike.remove(each)
             return [self._graph.jobs[each] for each in batch]
         return []
@@ -49,7 +53,7 @@ class Ready:
     def again_alone(self, job: Job) -> None:
         """One of several that did not get done together."""
         self._alone.add(job.name)
-        self._place[job.name] = len(self._waits)
+        self._left.add(job.name)
         self._open(job.name)
 
     def held_up_by(self, name: str) -> set[str]:
@@ -64,7 +68,8 @@ class Ready:
         return found
 
     def _open(self, name: str) -> None:
-        heapq.heappush(self._heap, (ORDER[self._graph.jobs[name].kind], self._place[name], name))
+        order = ORDER["attribute" if name in self._first else self._graph.jobs[name].kind]
+        heapq.heappush(self._heap, (order, self._place[name], name))
         self._alike[self._key(name)].append(name)
 
     def _key(self, name: str) -> tuple[str, ...]:

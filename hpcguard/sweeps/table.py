@@ -105,7 +105,7 @@ def to_markdown(table: Sequence[Row], axes: Sequence[str], control: Mapping[str,
         measured = [[row[name] for row in group if row.get(name) is not None] for name in measures]
         lines.append(_line(group[0], axes, max(map(len, measured), default=0), measured))
     if control:
-        lines += ["", f"Differences from the control ({_pattern(control)}) with the same seed, in points.", ""]
+        lines += ["", f"Differences from the control ({_pattern(control, table)}) with the same seed, in points.", ""]
         lines += _head([*axes, "pairs", *measures])
         for group in groups.values():
             if not matches(group[0], control):
@@ -124,8 +124,10 @@ def _gain(row: Row, other: Row | None, name: str) -> float | None:
     return float(row[name] - other[name])
 
 
-def _pattern(control: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={shown(value)}" for name, value in control.items())
+def _pattern(control: Mapping[str, Any], table: Sequence[Row]) -> str:
+    """The control as the table's rows have it: YAML reads a label on as a truth value."""
+    row = next((row for row in table if matches(row, control)), control)
+    return ", ".join(f"{name}={shown(row[name])}" for name in control)
 
 
 def _head(names: Sequence[str]) -> list[str]:
