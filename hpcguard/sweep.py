@@ -28,7 +28,7 @@ from hpcguard.sweeps.table import rows, to_csv, to_markdown
 
 EXAMPLE = (
     "python -m hpcguard.sweep configs/sweeps/components_small.yaml --dry-run",
-    "python -m hpcguard.sweep configs/sweeps/components_small.yaml data.root=data/cifar10 max_jobs=2",
+    "python -m hpcguard.sweep configs/sweeps/components_small.yaml max_jobs=2",
     "python -m hpcguard.status runs/sweeps/components_small",
 )
 SECTIONS = ()

@@ -112,13 +112,15 @@ def record_of(folder: SweepFolder, job: str) -> dict[str, Any]:
 def job_states(folder: SweepFolder, graph: Graph, alike: Mapping[str, Any]) -> dict[str, str]:
     """done, running, failed or waiting, of every job."""
     done, running = done_jobs(folder, graph, alike), running_jobs(folder)
+    # Files may be there and damaged, which the stage has found and nothing here looks for.
+    built_on = {need for name in graph.jobs.keys() - done for need in graph.jobs[name].needs}
 
     def state(name: str) -> str:
-        if name in done:
-            return "done"
         if name in running:
             return "running"
-        return "failed" if record_of(folder, name).get("status") else "waiting"
+        if (name not in done or name in built_on) and record_of(folder, name).get("status"):
+            return "failed"
+        return "done" if name in done else "waiting"
 
     return {name: state(name) for name in graph.jobs}
 
@@ -132,7 +134,7 @@ def cell_states(graph: Graph, states: Mapping[str, str]) -> list[tuple[str, str]
             continue
         chain = sorted(graph.before([cell.evaluate]))
         state = next(
-            (state for state in ("failed", "running") if any(states[name] == state for name in chain)), "waiting"
+            (state for state in ("running", "failed") if any(states[name] == state for name in chain)), "waiting"
         )
         found.append((state, next((name for name in chain if states[name] == state), cell.evaluate)))
     return found
