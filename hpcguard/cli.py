@@ -2,8 +2,8 @@
 
 Every stage is a module with a docstring (its help), EXAMPLE, SECTIONS (the configuration it reads),
 `add_arguments(parser)` and `run(config, arguments) -> exit status`. The stages OF_STORES read any store, which need
-not lie in a run folder: theirs is `run(path, arguments)`. Those OF_RESULTS read results and no configuration:
-`run(paths, arguments)`.
+not lie in a run folder, and those OF_SWEEPS a sweep: theirs is `run(path, arguments)`. Those OF_RESULTS read results
+and no configuration: `run(paths, arguments)`.
 """
 
 import argparse
@@ -18,14 +18,17 @@ from hpcguard import __version__
 from hpcguard.cluster.lifetime import end_with_owner
 from hpcguard.cluster.ranks import end_world, rank_name, tell_fault
 from hpcguard.config import Config, describe_keys, load_config
+from hpcguard.config.sweep import SweepConfig
 from hpcguard.errors import InputError
 from hpcguard.runs import check_private
+from hpcguard.sweeps.folder import is_sweep
 
 STAGES = (
-    "attribute", "consolidate", "refine", "evaluate", "compare", "report", "loop", "status", "cancel", "inspect",
-    "export",
+    "attribute", "consolidate", "refine", "evaluate", "compare", "report", "loop", "sweep",
+    "status", "cancel", "inspect", "export",
 )  # fmt: skip
 OF_STORES = ("inspect", "export")
+OF_SWEEPS = ("sweep",)  # take a sweep's YAML file or folder
 OF_RESULTS = ("compare",)
 LOOKING = ("status",)  # reads others' run folders and runs nothing of theirs
 ALIASES = {"retry": "attribute"}
@@ -77,8 +80,10 @@ def run_stage(name: str, given: list[str] | None = None) -> int:
         if name in OF_RESULTS:
             return int(stage.run([Path(one) for one in arguments.results], arguments))
         source = Path(arguments.config)
-        if name in OF_STORES:
+        if name in OF_STORES + OF_SWEEPS:
             return int(stage.run(source, arguments))
+        if name == "status" and is_sweep(source):
+            return int(stage.run_sweep(source, arguments))
         config = load_config(source, arguments.overrides)
         if config.run.is_dir() and name not in LOOKING:
             check_private(config.run)  # its files may name code to be run
@@ -104,7 +109,7 @@ def _summary(stage: ModuleType) -> str:
 
 
 def _parser(name: str, stage: ModuleType) -> argparse.ArgumentParser:
-    keys = [] if name in OF_RESULTS else ["", "keys and defaults:", *_keys(stage.SECTIONS)]
+    keys = [] if name in OF_RESULTS else ["", "keys and defaults:", *_keys(name, stage)]
     parser = argparse.ArgumentParser(
         prog=f"python -m hpcguard.{name}",
         description=stage.__doc__,
@@ -112,16 +117,14 @@ def _parser(name: str, stage: ModuleType) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if name in OF_RESULTS:
-        parser.add_argument(
-            "results",
-            nargs="+",
-            metavar="RESULT.json",
-            help="RUN/results/ARM.json; the others are held against the first",
-        )
+        known = "RUN/results/ARM.json; the others are held against the first"
+        parser.add_argument("results", nargs="+", metavar="RESULT.json", help=known)
         stage.add_arguments(parser)
         return parser
     if name in OF_STORES:
         parser.add_argument("config", metavar="STORE", help="a store or shard (.h5), a run folder, or a YAML file")
+    elif name in OF_SWEEPS:
+        parser.add_argument("config", metavar="SWEEP", help="a sweep's YAML file, or its folder")
     else:
         parser.add_argument("config", metavar="CONFIG", help="a YAML file, or a run folder (its config.yaml)")
     stage.add_arguments(parser)
@@ -129,10 +132,14 @@ def _parser(name: str, stage: ModuleType) -> argparse.ArgumentParser:
     return parser
 
 
-def _keys(sections: tuple[str, ...]) -> list[str]:
+def _keys(name: str, stage: ModuleType) -> list[str]:
+    if name in OF_SWEEPS:
+        rows = describe_keys(SweepConfig)
+    else:
+        rows = describe_keys(Config, sections=("run", "device", *stage.SECTIONS))
     return [
         f"  {key} = {default}\n" + textwrap.fill(meaning, 96, initial_indent="      ", subsequent_indent="      ")
-        for key, default, meaning in describe_keys(Config, sections=("run", "device", *sections))
+        for key, default, meaning in rows
     ]
 
 

@@ -9,6 +9,7 @@ import json
 import math
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -22,11 +23,14 @@ from hpcguard.errors import InputError
 from hpcguard.progress import say
 from hpcguard.reporting.terminal import draw, one_line
 from hpcguard.runs import RunFolder, read_json
+from hpcguard.sweeps.folder import SweepFolder
+from hpcguard.sweeps.overview import lines, overview
 
 EXAMPLE = (
     "python -m hpcguard.status runs/quickstart",
     "python -m hpcguard.status runs/quickstart --watch",
     "python -m hpcguard.status configs/quickstart.yaml --json",
+    "python -m hpcguard.status runs/sweeps/components_small",
 )
 SECTIONS = ("run",)
 WATCH_S = 5.0
@@ -64,6 +68,19 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
         print(json.dumps(state))
     else:
         Console(soft_wrap=True, highlight=False).print(draw(state))
+    return 0
+
+
+def run_sweep(path: Path, arguments: argparse.Namespace) -> int:
+    """The same for a sweep's folder: its cells and jobs, as it was last started."""
+    if arguments.watch:
+        raise InputError(f"{path}: is a sweep, which --watch does not follow yet; leave it out")
+    state = overview(SweepFolder(path))
+    if arguments.json:
+        print(json.dumps(state))
+    else:
+        for line in lines(state):
+            say(line)
     return 0
 
 

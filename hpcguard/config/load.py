@@ -24,18 +24,29 @@ def load_config(source: Path, overrides: list[str] | None = None) -> Config:
     if not path.is_file():
         what = "holds no config.yaml, so it is no run folder" if source.is_dir() else "no such file"
         raise InputError(f"{source}: {what}; give a configuration such as configs/quickstart.yaml, or a run folder")
-    merged = _read_yaml(path)
+    merged = read_yaml(path)
     merged.pop(RECORDED, None)
     if source.is_dir():
         merged["run"] = str(source)  # a run folder may have been moved, or be named from elsewhere
-    for override in overrides or []:
+    return validated(with_overrides(merged, overrides or [], path), path)
+
+
+def with_overrides(values: dict[str, Any], overrides: list[str], path: Path) -> dict[str, Any]:
+    """`values` of the file `path` with `section.key=value` applied; InputError for what is no override."""
+    for override in overrides:
         if "=" not in override.lstrip("="):
             raise InputError(f"{override!r} is no override: write section.key=value, for example data.size=32")
     try:
-        combined = OmegaConf.merge(OmegaConf.create(merged), OmegaConf.from_dotlist(list(overrides or [])))
-        values = OmegaConf.to_container(combined, resolve=True)
+        combined = OmegaConf.merge(OmegaConf.create(values), OmegaConf.from_dotlist(list(overrides)))
+        changed = OmegaConf.to_container(combined, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{path} with {overrides or 'no overrides'}: {str(error).splitlines()[0]}") from error
+    assert isinstance(changed, dict)
+    return {str(key): value for key, value in changed.items()}
+
+
+def validated(values: dict[str, Any], path: Path) -> Config:
+    """The configuration that the file `path` describes."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -44,7 +55,8 @@ def load_config(source: Path, overrides: list[str] | None = None) -> Config:
         raise InputError(f"{path}: {error}") from error
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; InputError if there is none, empty for an empty file."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:

@@ -1,0 +1,133 @@
+"""One axis of a sweep: its values, and what each changes."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from hpcguard.config.explain import explain
+from hpcguard.config.sweep import RangeConfig
+from hpcguard.errors import InputError
+from hpcguard.runs import flatten
+
+SECTIONS = ("data", "model", "attribution", "baseline", "refinement")  # that an axis may change
+ROUNDS = "rounds"
+NO_RESULT = ("cluster", "device", "run", "loop", "controls")
+MOST = 100_000
+
+
+class Option(NamedTuple):
+    """One value of an axis, or of several that move together."""
+
+    values: dict[str, Any]  # by axis, as the table shows them
+    changes: dict[str, Any]  # by dotted key
+
+
+def options_of(name: str, given: Any, where: str) -> list[Option]:
+    """The values of one axis, as a list, a range or labels with their changes."""
+    if name in ("seed", "name"):
+        raise InputError(f"{where}: the name is taken; for seeds write seeds: [0, 1, 2]")
+    if isinstance(given, dict) and "range" not in given:
+        options = [Option({name: label(key)}, _changes(value, f"{where}.{label(key)}")) for key, value in given.items()]
+    else:
+        check_key(name, where)
+        listed = spread(given["range"], where) if isinstance(given, dict) else given
+        if not isinstance(listed, list):
+            raise InputError(f"{where} = {given!r}: write a list, {{range: ...}}, or {{label: {{key: value}}, ...}}")
+        options = [Option({name: value}, leaves(name, value)) for value in listed]
+    if not options:
+        raise InputError(f"{where}: has no values; write some, or leave the axis out")
+    check_once([option.values[name] for option in options], where)
+    return options
+
+
+def zipped(group: Mapping[str, Any], where: str) -> list[Option]:
+    """Axes that move together, value by value."""
+    members = {name: options_of(name, given, f"{where}.{name}") for name, given in group.items()}
+    lengths = {name: len(options) for name, options in members.items()}
+    if len(set(lengths.values())) != 1:
+        told = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+        raise InputError(f"{where}: axes that move together need equally many values; {told or 'it is empty'}")
+    return [joined(options) for options in zip(*members.values(), strict=True)]
+
+
+def joined(options: tuple[Option, ...]) -> Option:
+    values: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
+    for option in options:
+        values |= option.values
+        changes |= option.changes
+    return Option(values, changes)
+
+
+def label(value: Any) -> str:
+    """A label as written: YAML reads on and off as truth values."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+
+
+def shown(value: Any) -> str:
+    """A value in one cell of a table."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def spread(given: Any, where: str) -> list[Any]:
+    """Values of a range, both ends included, whole where they can be."""
+    try:
+        asked = RangeConfig.model_validate(given)
+    except ValidationError as error:
+        raise InputError(explain(error, RangeConfig, f"{where}.range")) from error
+    start, stop = asked.start, asked.stop
+    if asked.step is not None:
+        count, step = math.floor((stop - start) / asked.step + 1e-9) + 1, asked.step
+    else:
+        count = asked.count or 0
+        step = (stop - start) / (count - 1)
+    if not 1 <= count <= MOST:
+        raise InputError(f"{where}.range = {given}: gives {max(count, 0)} values; write from 1 to {MOST:,}")
+    if asked.scale == "log":
+        values = [start * (stop / start) ** (k / (count - 1)) for k in range(count)]
+    else:
+        values = [start + k * step for k in range(count)]
+    rounded = [float(f"{value:.12g}") for value in values]  # 0.3, not 0.30000000000000004
+    whole = isinstance(start, int) and isinstance(stop, int) and all(value.is_integer() for value in rounded)
+    return [int(value) for value in rounded] if whole else list(rounded)
+
+
+def leaves(key: str, value: Any) -> dict[str, Any]:
+    """A change as its single keys, so that a mapping changes what it names and leaves the rest."""
+    return flatten({key: value})
+
+
+def _changes(given: Any, where: str) -> dict[str, Any]:
+    if not isinstance(given, dict):
+        raise InputError(
+            f"{where} = {given!r}: write what the label changes, {{refinement.masking.weight: 0}}, or {{}}"
+        )
+    for key in given:
+        check_key(str(key), where)
+    return {leaf: each for key, value in given.items() for leaf, each in leaves(str(key), value).items()}
+
+
+def check_key(key: str, where: str) -> None:
+    """InputError unless a cell may change the key."""
+    first = key.split(".")[0]
+    if key == ROUNDS or first in SECTIONS:
+        return
+    if first == "evaluation":
+        raise InputError(
+            f"{where}: {key} is no axis, for results of different evaluations cannot be compared; set it in config"
+        )
+    if first in NO_RESULT:
+        raise InputError(f"{where}: {key} is no axis, for no result depends on it; set it in config")
+    raise InputError(f"{where}: {key} is no key of {', '.join(SECTIONS)}, nor rounds")
+
+
+def check_once(values: list[Any], where: str) -> None:
+    seen: set[str] = set()
+    for value in values:
+        text = json.dumps(value, sort_keys=True)
+        if text in seen:
+            raise InputError(f"{where}: {text} is there twice; write each value once")
+        seen.add(text)

@@ -1,0 +1,140 @@
+"""What is done of a sweep, by the stages' own files."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from hpcguard.cluster.plan import read_plan
+from hpcguard.errors import InputError
+from hpcguard.runs import RunFolder, digest_file, is_claimed, read_json
+from hpcguard.sweeps.folder import SweepFolder
+from hpcguard.sweeps.jobs import Graph, Job
+
+REMEDY = "start the sweep again"
+
+
+def training_of(run: RunFolder, arm: str) -> dict[str, Any] | None:
+    """training.json of a trained arm; None where there is none, or it cannot be read."""
+    if not run.weights(arm).is_file():
+        return None
+    try:
+        return read_json(run.training(arm), REMEDY, weights_sha256=str)
+    except InputError:
+        return None
+
+
+def result_of(run: RunFolder, arm: str, training: Mapping[str, Any], alike: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The result of an arm, if it is of these weights and was measured as the sweep says."""
+    try:
+        result = read_json(run.result(arm), REMEDY, attacks=dict, identity=dict)
+    except InputError:
+        return None
+    wanted = {**alike, "weights_sha256": training["weights_sha256"]}
+    explained = not alike["evaluation"]["explained"] or run.explanations(arm).is_file()
+    fits = all(result["identity"].get(key) == value for key, value in wanted.items())
+    return result if fits and explained else None
+
+
+def is_stored(run: RunFolder) -> bool:
+    """Whether a store is there that fits its plan, by its manifest; its bytes are not read."""
+    if not run.store.is_file():
+        return False
+    try:
+        recorded = read_json(run.store_manifest, REMEDY, fingerprint=str)
+        return bool(recorded["fingerprint"] == read_plan(run.plan).fingerprint)
+    except InputError:
+        return False
+
+
+def is_done(folder: SweepFolder, job: Job, alike: Mapping[str, Any]) -> bool:
+    run = folder.run(job)
+    if job.kind == "attribute":
+        return is_stored(run)
+    training = training_of(run, job.arm)
+    if job.kind == "refine" or training is None:
+        return training is not None
+    return result_of(run, job.arm, training, alike) is not None
+
+
+def done_jobs(folder: SweepFolder, graph: Graph, alike: Mapping[str, Any]) -> set[str]:
+    """Jobs whose files are there and fit each other."""
+    if not folder.path.is_dir():
+        return set()
+    return {job.name for job in graph.jobs.values() if is_done(folder, job, alike)}
+
+
+def jobs_to_do(graph: Graph, done: set[str]) -> list[str]:
+    """What the cells still need, in the order of the plan: nothing that only done jobs have needed."""
+    needed: set[str] = set()
+    open_ = [cell.evaluate for cell in graph.cells]
+    while open_:
+        name = open_.pop()
+        if name not in done and name not in needed:
+            needed.add(name)
+            open_ += graph.jobs[name].needs
+    return [name for name in graph.jobs if name in needed]
+
+
+def damaged(folder: SweepFolder, graph: Graph, todo: list[str]) -> dict[str, str]:
+    """Of what jobs to do build on, the jobs whose published bytes are not those that were verified, and why."""
+    from hpcguard.store import view_problem  # torch: who only looks does without
+
+    found = {}
+    for name in sorted({need for each in todo for need in graph.jobs[each].needs} - set(todo)):
+        job = graph.jobs[name]
+        run = folder.run(job)
+        if job.kind == "attribute":
+            if problem := view_problem(run.store, run.store_manifest, read_plan(run.plan).fingerprint):
+                found[name] = problem
+        elif not has_its_bytes(run, job.arm):
+            found[name] = f"{run.weights(job.arm)}: differs from what was trained"
+    return found
+
+
+def has_its_bytes(run: RunFolder, arm: str) -> bool:
+    """Whether an arm's weights are those that its training published."""
+    training = training_of(run, arm)
+    return training is not None and digest_file(run.weights(arm)) == training["weights_sha256"]
+
+
+def running_jobs(folder: SweepFolder) -> set[str]:
+    """Jobs that some process is having done now."""
+    return {path.stem for path in folder.running.glob("*.lock") if is_claimed(path)}
+
+
+def record_of(folder: SweepFolder, job: str) -> dict[str, Any]:
+    """How a job's last attempt ended; empty where there was none."""
+    try:
+        return read_json(folder.record(job), REMEDY, status=int, seconds=float)
+    except InputError:
+        return {}
+
+
+def job_states(folder: SweepFolder, graph: Graph, alike: Mapping[str, Any]) -> dict[str, str]:
+    """done, running, failed or waiting, of every job."""
+    done, running = done_jobs(folder, graph, alike), running_jobs(folder)
+    # Files may be there and damaged, which the stage has found and nothing here looks for.
+    built_on = {need for name in graph.jobs.keys() - done for need in graph.jobs[name].needs}
+
+    def state(name: str) -> str:
+        if name in running:
+            return "running"
+        if (name not in done or name in built_on) and record_of(folder, name).get("status"):
+            return "failed"
+        return "done" if name in done else "waiting"
+
+    return {name: state(name) for name in graph.jobs}
+
+
+def cell_states(graph: Graph, states: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Each cell's state, and the job that it is the state of."""
+    found = []
+    for cell in graph.cells:
+        if states[cell.evaluate] == "done":
+            found.append(("done", cell.evaluate))
+            continue
+        chain = sorted(graph.before([cell.evaluate]))
+        state = next(
+            (state for state in ("running", "failed") if any(states[name] == state for name in chain)), "waiting"
+        )
+        found.append((state, next((name for name in chain if states[name] == state), cell.evaluate)))
+    return found
