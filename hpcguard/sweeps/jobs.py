@@ -97,7 +97,6 @@ class _Builder:
         self.cells: list[Planned] = []
         self.jobs: dict[str, Job] = {}
         self.inputs: dict[str, Inputs] = {}
-        self.columns: dict[str, None] = {}
         self._files: dict[Path, str] = {}
 
     def add(self, cell: Cell) -> None:
