@@ -257,8 +257,8 @@ def test_what_overflows_is_unbounded_and_not_certified() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).double()
     torch.manual_seed(0)
     with torch.no_grad():
-        net[1].weight.copy_(torch.randn(4, 4) * 1e149)
-        net[3].weight.copy_(torch.randn(4, 4) * 1e149)
+        net[1].weight.copy_(torch.randn(4, 4, dtype=torch.float64) * 1e149)
+        net[3].weight.copy_(torch.randn(4, 4, dtype=torch.float64) * 1e149)
         net[5].weight.mul_(1e-308)
     image, everywhere = torch.full((1, 2, 2), 0.5, dtype=torch.float64), torch.ones(1, 2, 2).bool()
     ranges, _ = activation_ranges(trace(net, image.shape), image, 1e11, "linf", everywhere)
