@@ -5,9 +5,9 @@ into flagged and other pixels gives.
   python tools/bench_bound.py [--json] [--parts linf,l2,split] [--images 200] [--cifar10 DIR] [--weights FILE]
 
 Needs CIFAR-10 in DIR (data/cifar10) and an adversarially trained ResNet in FILE (data/weights/resnet4b.pth). An image
-takes about six seconds a norm on a free core, and as much again for each further one of --evaluations. Flagged are the
-pixels of the segments whose |LIME coefficient| of the true label is in the image's upper fifth (SpuriousConfig,
-criterion weight). Ends with an error if a certified distortion is above what an attack found.
+takes about ten seconds a norm on a free core. Flagged are the pixels of the segments whose |LIME coefficient| of the
+true label is in the image's upper fifth (SpuriousConfig, criterion weight). Ends with an error if a certified
+distortion is above what an attack found.
 """
 
 import argparse
@@ -160,7 +160,7 @@ def main() -> int:
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
     parser.add_argument("--images", type=int, default=200, help="images of the parts linf and l2")
     parser.add_argument("--split-images", type=int, default=20, help="images of the part split")
-    parser.add_argument("--evaluations", type=int, default=1, help="radii at which an image's Jacobian is bounded")
+    parser.add_argument("--evaluations", type=int, default=3, help="most radii at which an image's Jacobian is bounded")
     parser.add_argument("--cifar10", type=Path, default=Path("data/cifar10"))
     parser.add_argument("--weights", type=Path, default=Path("data/weights/resnet4b.pth"))
     arguments = parser.parse_args()

@@ -291,7 +291,7 @@ def test_steps_add_up_what_each_radius_allows() -> None:
 def test_the_search_finds_where_radius_and_ratio_meet() -> None:
     margins = np.array([1.0])
     for growth in (1.0, 5.0, 40.0):
-        evaluated = search_radius(margins, lambda r, g=growth: np.array([np.exp(g * r)]), 1.0, 10.0, 10)
+        evaluated = search_radius(margins, lambda r, g=growth: np.array([np.exp(g * r)]), 1.0, 10.0, 10, close=0.02)
         best = max(plain_bound(margins, constant, radius) for radius, constant in evaluated)
         root = np.linspace(0, 1, 100_001)
         assert best == pytest.approx(root[np.argmin(np.abs(root * np.exp(growth * root) - 1))], rel=0.05)

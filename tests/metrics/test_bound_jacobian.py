@@ -1,9 +1,11 @@
 """Bounds of a Jacobian hold for every image of the ball: against autograd, and by hand."""
 
+import itertools
 from collections.abc import Iterator
 from fractions import Fraction
 from operator import mul
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,10 @@ from torch.nn import functional
 from hpcguard.errors import InputError
 from hpcguard.metrics.bound.activations import GELU, RELU, SILU, SOFTPLUS, Activation
 from hpcguard.metrics.bound.certified import activation_ranges, jacobian_bound
+from hpcguard.metrics.bound.forms import Form
 from hpcguard.metrics.bound.network import trace
+from hpcguard.metrics.bound.normalisation import normalise_back
+from hpcguard.metrics.bound.radius import stepwise_bound
 from hpcguard.models import Normalized
 from hpcguard.models.resnet_cifar import ResNet20
 from hpcguard.models.small_cnn import SmallCNN
@@ -220,3 +225,43 @@ def test_rounding_is_counted_against_exact_arithmetic() -> None:
     assert all(each <= Fraction(most) for each, most in zip(off, error, strict=True))
     assert max(off) > 1e-10  # there is something to count
     assert max(error) < 1e-3
+
+
+def test_every_error_of_a_group_norm_is_counted() -> None:
+    """One layer alone, changes and gradients of a few coordinates: each symbol of its error is needed."""
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.GroupNorm(1, 4, eps=1e-12, affine=False).double()
+    net = nn.Sequential(layer, nn.Flatten())
+    special = torch.tensor([[1.0, -1, 0, 0], [2, -1, -1, 0], [3, 1, -2, -2]], dtype=torch.float64)
+    images = torch.cat([special, torch.randn(12, 4, dtype=torch.float64, generator=generator)])
+    for image, changing in itertools.product(images.view(-1, 4, 1, 1), ([0], [1], [2], [0, 1], [2, 3], [0, 1, 2, 3])):
+        where = torch.zeros(4, 1, 1).bool()
+        where[changing] = True
+        radius = 0.05 * float(image.std())
+        corners = torch.tensor([*itertools.product([-1.0, 0, 1], repeat=4)], dtype=torch.float64).view(-1, 4, 1, 1)
+        x = (image + radius * corners * where).requires_grad_()
+        ranges, after = activation_ranges(trace(net, image.shape), image, radius, "linf", where)
+        answer = net(x)
+        assert ((answer - after.center).abs() <= after.deviation()).all()
+        z = (image - image.mean()).flatten()
+        for w in (z, *torch.eye(4).double(), torch.tensor([0.0, 0, 1, -1]).double(), torch.ones(4).double()):
+            seed = Form(w.view(1, 4, 1, 1), *(torch.zeros(0, 4, 1, 1).double(),) * 2, torch.zeros(1, 0).double(),
+                        torch.zeros(1, 4, 1, 1).double(), 0.0, "linf")  # fmt: skip
+            form = normalise_back(layer, seed, ranges[1], seed.weight)
+            (gradient,) = torch.autograd.grad((answer * w).sum(), x, retain_graph=True)
+            assert ((gradient - form.center).abs() <= form.deviation()).all()
+
+
+def test_what_overflows_is_unbounded_and_not_certified() -> None:
+    """Ranges beyond float64 at the larger radius must not read as units that are off."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        net[1].weight.copy_(torch.randn(4, 4, dtype=torch.float64) * 1e149)
+        net[3].weight.copy_(torch.randn(4, 4, dtype=torch.float64) * 1e149)
+        net[5].weight.mul_(1e-308)
+    image, everywhere = torch.full((1, 2, 2), 0.5, dtype=torch.float64), torch.ones(1, 2, 2).bool()
+    ranges, _ = activation_ranges(trace(net, image.shape), image, 1e11, "linf", everywhere)
+    assert jacobian_bound(trace(net, image.shape), ranges, 0).isinf().all()
+    evaluated = [(1.0, np.array([np.inf])), (0.5, np.array([1.0]))]
+    assert stepwise_bound(np.array([9.0]), evaluated) == pytest.approx(0.5)

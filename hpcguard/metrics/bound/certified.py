@@ -67,7 +67,7 @@ def _best(
 
     def bound(radius: float, ball: Tensor) -> Tensor:
         ranges, _ = activation_ranges(steps, image, radius, norm, ball)
-        return jacobian_bound(steps, ranges, label) * where
+        return torch.where(where, jacobian_bound(steps, ranges, label), 0.0)
 
     def constants(radius: float) -> np.ndarray:
         found.append((radius, bound(radius, where)))
@@ -91,7 +91,13 @@ def _split(margins: np.ndarray, found: list[tuple[float, Tensor]], norm: Norm, i
     if not found:
         return None
     radius, bound = max(found, key=lambda each: plain_bound(margins, _lengths(each[1], norm), each[0]))
-    return Split(norm, margins, radius, _lengths(bound * inside, norm), _lengths(bound * ~inside, norm))
+    return Split(
+        norm,
+        margins,
+        radius,
+        _lengths(torch.where(inside, bound, 0.0), norm),
+        _lengths(torch.where(inside, 0.0, bound), norm),
+    )
 
 
 def activation_ranges(
@@ -136,8 +142,10 @@ def activation_ranges(
 def jacobian_bound(steps: list[Step], ranges: Ranges, label: int) -> Tensor:
     """Upper bounds of |d(f_label - f_k) / dx| for each other class k where all activations keep to `ranges`.
 
-    float64 [K - 1, C, H, W], k ascending.
+    float64 [K - 1, C, H, W], k ascending; infinite where a range is.
     """
+    if not all(values.isfinite().all() for known in ranges.values() for values in known):
+        return torch.full((steps[-1].shape[0] - 1, *steps[0].shape), torch.inf, dtype=torch.float64)
     classes = steps[-1].shape[0]
     others = [k for k in range(classes) if k != label]
     center = torch.zeros(classes - 1, classes, dtype=torch.float64)
@@ -161,7 +169,8 @@ def jacobian_bound(steps: list[Step], ranges: Ranges, label: int) -> Tensor:
             gradients = back_through(step, [steps[each].shape for each in step.inputs], form)
         for each, gradient in zip(step.inputs, gradients, strict=True):
             forms[each] = plus(forms[each], gradient) if each in forms else gradient
-    return forms[0].center.abs() * (1 + 4 * EPS) + forms[0].deviation()
+    bound = forms[0].center.abs() * (1 + 4 * EPS) + forms[0].deviation()
+    return bound.nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 def _times_slope(form: Form, least: Tensor, most: Tensor, weight: Tensor) -> Form:

@@ -9,7 +9,7 @@ Constants = Callable[[float], np.ndarray]  # of a radius: one constant a wrong c
 Evaluated = list[tuple[float, np.ndarray]]
 
 SAME = 0.999  # phi(r) / phi(0) from where on the margins count as linear
-CLOSE = 0.02  # log(phi / r) at which the search ends
+CLOSE = 0.25  # log(phi / r) at which the search ends
 LONGEST_STEP = 8
 
 
@@ -44,11 +44,13 @@ def stepwise_bound(margins: np.ndarray, evaluated: Evaluated) -> float:
 
 
 def search_radius(
-    margins: np.ndarray, constants: Constants, first: float, farthest: float, evaluations: int, share: float = 0.1
-) -> Evaluated:
+    margins: np.ndarray, constants: Constants, first: float, farthest: float, evaluations: int, share: float = 0.1,
+    close: float = CLOSE,
+) -> Evaluated:  # fmt: skip
     """Constants at radii near that where radius = min_k margin_k / constant_k, for which plain_bound is largest.
 
-    first: an upper bound or estimate of it, such as margin over the gradient's norm; `share` of it is tried first.
+    first: an upper bound or estimate of it, such as margin over the gradient's norm; `share` of it is tried first. Ends
+    after so many evaluations, or where phi(radius) = min_k margin_k / constant_k is close to the radius.
     """
     evaluated: Evaluated = []
     within, beyond = 0.0, np.inf
@@ -56,7 +58,7 @@ def search_radius(
     for _ in range(evaluations):
         evaluated.append((radius, constants(radius)))
         phi = min(_smallest_ratio(margins, evaluated[-1][1]), farthest)
-        if not phi > 0 or abs(np.log(phi / radius)) < CLOSE:
+        if phi > 0 and abs(np.log(phi / radius)) < close:
             break
         within, beyond = (radius, beyond) if phi > radius else (within, radius)
         if phi > SAME * first > radius:  # as good as linear
