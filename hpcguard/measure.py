@@ -18,7 +18,6 @@ from hpcguard.attacks.autoattack import name_of
 from hpcguard.attribution import explain_batch, true_and_runner_up
 from hpcguard.cluster.devices import full_float32, pick_device
 from hpcguard.cluster.local import Report
-from hpcguard.cluster.memory import keep_freed_memory
 from hpcguard.config import Config, EvaluationConfig
 from hpcguard.data import ImageSet, load_images
 from hpcguard.errors import InputError
@@ -86,7 +85,6 @@ class UnitTask:
     _model: tuple[str, torch.device, nn.Module] | None = field(default=None, init=False)
 
     def __call__(self, unit: Unit, slot: int, report: Report) -> None:
-        keep_freed_memory()
         full_float32()
         self._test = self._test or test_images(self.config)
         subject, folder = self.subjects[unit.arm], RunFolder(self.config.run)

@@ -40,7 +40,6 @@ from bench_parts import Figures, hardware, run_parts
 from torch import Tensor, nn
 
 from hpcguard.attacks.autoattack import attacks_of
-from hpcguard.cluster.memory import keep_freed_memory
 from hpcguard.config import DataConfig, EvaluationConfig, ModelConfig
 from hpcguard.data import ImageSet, load_images
 from hpcguard.measure import cut, survives_autoattack
@@ -87,7 +86,6 @@ def part_overhead(arguments: argparse.Namespace) -> Figures:
         return dict.fromkeys(names)
     test, x, y = found
     torch.set_num_threads(arguments.threads)
-    keep_freed_memory()  # as a worker does, for every task here
     config = EvaluationConfig(eps=2 / 255, batch_size=arguments.batch, autoattack=arguments.version)
     rights: dict[str, Tensor] = {}
 
@@ -177,7 +175,7 @@ def counted(num_classes: int) -> nn.Module:
 
 
 def part_resume(arguments: argparse.Namespace) -> Figures:
-    """449 digits in 15 batches, killed when 4 are published."""
+    """449 digits in 15 batches, killed in the middle of one, after as many passes as 4.5 batches need."""
     one, two = (waste(workers) for workers in (1, 2))
     return {"resume_waste": one, "resume_waste_a_worker_2": two / 2}
 
@@ -195,16 +193,16 @@ def waste(workers: int) -> float:
         start = partial(_start, folder, workers)
         assert start("whole").wait() == 0
         parts = -(-json.loads((folder / "whole/results/baseline.json").read_text())["images"] // 32)
-        process = start("killed")
-        published = folder / "killed/results/parts/baseline"
-        while process.poll() is None and len(list(published.glob("0*.h5"))) < 4:
+        needed, kills_at = (folder / "whole.count").stat().st_size, 4.5
+        process, count = start("killed"), folder / "killed.count"
+        while process.poll() is None and not (count.exists() and count.stat().st_size > kills_at * needed / parts):
             time.sleep(0.001)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         time.sleep(1)  # orphaned workers notice within half a second
-        kept = len(list(published.glob("0*.h5")))
+        kept = len(list((folder / "killed/results/parts/baseline").glob("0*.h5")))
         assert start("killed").wait() == 0
-        needed, made = (len((folder / f"{run}.count").read_bytes()) for run in ("whole", "killed"))
+        made = count.stat().st_size
         print(f"  {workers} worker(s): {kept} of {parts} batches kept, {made} passes made, {needed} needed")
         return (made - needed) / (needed / parts)
 
@@ -231,7 +229,6 @@ def part_parity(arguments: argparse.Namespace) -> Figures:
     if found is None or robust is None or plain is None:
         return dict.fromkeys(["parity", *names])
     torch.set_num_threads(arguments.threads)
-    keep_freed_memory()
     test, x, y = found
     figures: Figures = {}
     for case, eps in cases.items():
