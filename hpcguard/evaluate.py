@@ -1,91 +1,128 @@
 """Measure every trained arm on test images: clean, FGSM, PGD, AutoAttack; and explain a few images with each.
 
-Attacks run in [0, 1] pixel space on the unmodified test images, on those images only that are still right. Writes
-RUN/results/ARM.json, one a model, and the explanations that the report draws. A model whose weights and settings
-have not changed is not measured again.
+Attacks run in [0, 1] pixel space on the unmodified test images, on those images only that are still right. Batches of
+images are attacked and published one by one, so that a kill costs one batch a worker at most; several are attacked at
+once in evaluation.workers processes, by the ranks of mpiexec or srun --mpi, or by jobs with a --share each. Writes
+RUN/results/ARM.json and, image by image, ARM.h5, one a model, and the explanations that the report draws. A model
+whose weights and settings have not changed is not measured again.
 """
 
 import argparse
-import os
-import platform
+import re
+import shutil
 import sys
-import time
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from hpcguard.attacks import autoattack
 from hpcguard.attacks.autoattack import check_classes
-from hpcguard.attribution import explain_batch, true_and_runner_up
-from hpcguard.cluster.devices import full_float32, pick_device
+from hpcguard.cluster.environment import check_tasks
 from hpcguard.cluster.failures import Problem
-from hpcguard.cluster.local import Events, Report, run_local
+from hpcguard.cluster.local import Events, run_local
+from hpcguard.cluster.ranks import communicator
 from hpcguard.config import Config
-from hpcguard.data import ImageSet, load_images
+from hpcguard.data import ImageSet
 from hpcguard.errors import InputError
-from hpcguard.metrics.accuracy import wilson_interval
-from hpcguard.metrics.attribution import topk_jaccard
-from hpcguard.metrics.robustness import is_right, survives_fgsm, survives_pgd
-from hpcguard.models import load_model
-from hpcguard.progress import progress, say
-from hpcguard.runs import RunFolder, code_revision, digest_file, digest_json, publish, read_json, write_json
-from hpcguard.store import rows_from, write_rows
+from hpcguard.measure import Subject, Unit, UnitTask, cut, pgd_names, read_explained, test_images
+from hpcguard.progress import duration, progress, say
+from hpcguard.result import describe_result
+from hpcguard.runs import (
+    RunFolder,
+    digest_file,
+    exclusive,
+    publish,
+    read_json,
+    write_json,
+)
+from hpcguard.store import join_outcomes, outcomes_problem, read_outcomes, write_outcomes
 
 EXAMPLE = (
-    "python -m hpcguard.evaluate configs/quickstart.yaml",
+    "python -m hpcguard.evaluate configs/quickstart.yaml --dry-run",
     "python -m hpcguard.evaluate runs/quickstart --arm guided evaluation.images=100 evaluation.eps=4/255",
+    "mpiexec -n 4 python -m hpcguard.evaluate runs/quickstart",
+    "python -m hpcguard.evaluate runs/quickstart --share $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT",
 )
 SECTIONS = ("data", "model", "attribution", "controls", "evaluation")
-ATTACKS = 4  # clean, FGSM, PGD, AutoAttack: what progress counts
+PATIENCE_S = 60.0  # for another share that is publishing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arm", action="append", metavar="ARM", help="measure only this arm (repeatable)")
+    parser.add_argument(
+        "--share", metavar="K/N",
+        help="do every N-th batch from the K-th, counted from 0, as one of N jobs; the last of them publishes",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what there is and what would be measured; start nothing"
+    )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be measured; rank 0 finds it out for all."""
+
+    subjects: dict[str, Subject]  # those without a result
+    parts: list[np.ndarray]  # ids of the images of each
+    missing: list[Unit]  # of this share, if it is one
 
 
 def run(config: Config, arguments: argparse.Namespace) -> int:
-    folder = RunFolder(config.run)
-    test = test_images(config)
-    check_classes(config.evaluation.autoattack, len(test.classes))
-    arms = _arms(config, folder, arguments.arm)
-    identities = {arm: _identity(config, folder, arm, test) for arm in arms}
-    todo = [arm for arm in arms if not _is_done(folder, arm, identities[arm])]
-    for arm in sorted(set(arms) - set(todo), key=arms.index):
-        say(f"evaluate: {arm} is measured already: {folder.result(arm)}")
-    failed: dict[str, Problem] = {}
-    if todo:
-        folder.create()
-        folder.record_config(config, ("evaluation",))
-        with progress("evaluate", ATTACKS * len(todo), "attacks", even=False) as meter:
-            task = partial(evaluate_arm, config, {arm: identities[arm] for arm in todo})
-            outcome = run_local(
-                task, todo, config.evaluation.workers, config.evaluation.threads, config.cluster.attempts,
-                Events(
-                    progress=lambda arm, amount: meter.advance(amount),
-                    end=lambda arm, problem: meter.note(f"{arm} {'FAILED' if problem else 'done'}"),
-                    restart=lambda arm, problem: say(f"evaluate: {arm}: {problem.message}; beginning it again"),
-                ),
-            )  # fmt: skip
-        failed = outcome.failed
-    for arm, problem in failed.items():
-        (folder.logs / f"evaluate_{arm}.log").write_text(f"{problem.tail}\n{problem.message}\n")
-        say(f"evaluate: {arm} FAILED: {problem.message} (log: {folder.logs}/evaluate_{arm}.log)")
+    folder, world = RunFolder(config.run), communicator()
+    check_tasks(world.size)
+    if arguments.dry_run:
+        if world.rank == 0:
+            _say_plan(config, folder, _ask(config, folder, arguments))
+        return 0
+    asked: Asked = world.bcast(_begin(config, folder, arguments) if world.rank == 0 else None)
+    own = asked.missing[world.rank :: world.size]
+    gathered = world.gather(_measure(config, asked, own, world.rank) if own else {})
+    if gathered is None:
+        return 0
+    failed = {unit: problem for part in gathered for unit, problem in part.items()}
+    _say_failed(folder, failed)
+    for subject in asked.subjects.values():
+        if not any(unit.arm == subject.arm for unit in failed):
+            _finish(config, folder, subject, asked.parts)
     return 1 if failed else 0
 
 
-def test_images(config: Config) -> ImageSet:
-    """The test images to be attacked: all, or evaluation.images of them drawn by data.seed."""
-    test = load_images(config.data, "test")
-    wanted = config.evaluation.images
-    if wanted is None or wanted == len(test):
-        return test
-    if wanted > len(test):
-        raise InputError(f"evaluation.images = {wanted}: the test split has {len(test)}; lower it or write null")
-    return test.subset(np.random.default_rng(config.data.seed).choice(test.ids, wanted, replace=False))
+def _begin(config: Config, folder: RunFolder, arguments: argparse.Namespace) -> Asked:
+    asked = _ask(config, folder, arguments)
+    if asked.subjects:
+        folder.create()
+        folder.record_config(config, ("evaluation",))
+        units = len(asked.missing)
+        say(f"evaluate: {', '.join(asked.subjects)}: {units} of {_count(config, asked)} batches and explanations to do")
+    return asked
+
+
+def _ask(config: Config, folder: RunFolder, arguments: argparse.Namespace) -> Asked:
+    """Raises InputError for arms, images, settings or a share that cannot be."""
+    first, step = _share(arguments.share)
+    test = test_images(config)
+    check_classes(config.evaluation.autoattack, len(test.classes))
+    arms = _arms(config, folder, arguments.arm)
+    subjects = {arm: _subject(config, folder, arm, test) for arm in arms}
+    for arm in [arm for arm in arms if _is_done(folder, subjects[arm])]:
+        say(f"evaluate: {arm} is measured already: {folder.result(arm)}")
+        del subjects[arm]
+    parts = cut(test.ids, config.evaluation.batch_size)
+    units = [unit for arm in subjects for unit in _units(config, arm, len(parts))][first::step]
+    problems = {unit: _problem(folder, subjects[unit.arm], unit, parts) for unit in units}
+    for unit, problem in problems.items():
+        if problem not in (None, "missing"):
+            say(f"evaluate: {unit.arm}, batch {unit.part}: {problem}; doing it again")
+    return Asked(subjects, parts, [unit for unit, problem in problems.items() if problem])
+
+
+def _share(text: str | None) -> tuple[int, int]:
+    if text is None:
+        return 0, 1
+    if not re.fullmatch(r"\d+/\d+", text) or not int(text.split("/")[0]) < int(text.split("/")[1]):
+        raise InputError(f"--share {text}: write K/N, the K-th of N shares, counted from 0: 0/4, 1/4, 2/4, 3/4")
+    number, of = text.split("/")
+    return int(number), int(of)
 
 
 def _arms(config: Config, folder: RunFolder, asked: list[str] | None) -> list[str]:
@@ -101,117 +138,130 @@ def _arms(config: Config, folder: RunFolder, asked: list[str] | None) -> list[st
     return list(dict.fromkeys(asked or ["baseline", *trained]))
 
 
-def _weights(config: Config, folder: RunFolder, arm: str) -> Path:
-    return folder.explained_weights(config) if arm == "baseline" else folder.weights(arm)
-
-
-def _identity(config: Config, folder: RunFolder, arm: str, test: ImageSet) -> dict[str, Any]:
-    """Everything that a result depends on."""
-    return {
-        "weights_sha256": digest_file(_weights(config, folder, arm)),
+def _subject(config: Config, folder: RunFolder, arm: str, test: ImageSet) -> Subject:
+    weights = folder.explained_weights(config) if arm == "baseline" else folder.weights(arm)
+    return Subject(arm, weights, {
+        "weights_sha256": digest_file(weights),
         "model": config.model.identity(),
         "evaluation": config.evaluation.identity(),
         "attribution": config.attribution.identity(),
         "test_sha256": test.digest(),
-    }
+    })  # fmt: skip
 
 
-def _is_done(folder: RunFolder, arm: str, identity: dict[str, Any]) -> bool:
-    if not folder.result(arm).exists():
+def _is_done(folder: RunFolder, subject: Subject) -> bool:
+    if not folder.result(subject.arm).exists():
         return False
-    recorded = read_json(folder.result(arm), f"delete {folder.result(arm)} to measure it again")
-    explained = folder.explanations(arm).exists() or not identity["evaluation"]["explained"]
-    return recorded.get("identity") == identity and explained
+    recorded = read_json(folder.result(subject.arm), f"delete {folder.result(subject.arm)} to measure it again")
+    outcomes = folder.outcomes(subject.arm)
+    whole = outcomes.is_file() and recorded.get("outcomes_sha256") == digest_file(outcomes)
+    explained = folder.explanations(subject.arm).exists() or not subject.identity["evaluation"]["explained"]
+    return recorded.get("identity") == subject.identity and whole and explained
 
 
-def evaluate_arm(config: Config, identities: dict[str, dict[str, Any]], arm: str, slot: int, report: Report) -> None:
-    """Measure one arm of a run and publish its result."""
-    started = time.monotonic()
-    folder = RunFolder(config.run)
-    full_float32()
-    device = pick_device(config.device, slot)
-    test = test_images(config)
-    weights = _weights(config, folder, arm)
-    if digest_file(weights) != identities[arm]["weights_sha256"]:
-        raise InputError(f"{weights}: changed while it was to be measured; run the same command again")
-    model = load_model(config.model, len(test.classes), test.shape[0], weights, device)
-    x, y = torch.from_numpy(test.images(test.ids)).to(device), torch.from_numpy(test.labels).to(device)
-    attacks = _attack(config, model, x, y, report)
-    stability = _explain(config, folder, arm, model, test, device)
-    result = {
-        "arm": arm,
-        "weights": os.path.relpath(_weights(config, folder, arm), folder.path),
-        "identity": identities[arm],
-        "images": len(test),
-        "split": test.split,
-        "attacks": attacks,
-        "explanation_jaccard5": stability,
-        "seconds": round(time.monotonic() - started, 1),
-        "hardware": {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-            "cores": os.cpu_count(),
-            "torch": torch.__version__,
-        },
-        "revision": code_revision(),
-    }
-    write_json(folder.result(arm), result)
+def _units(config: Config, arm: str, parts: int) -> list[Unit]:
+    return [Unit(arm, part) for part in range(parts)] + ([Unit(arm, None)] if config.evaluation.explained else [])
 
 
-def _attack(config: Config, model: torch.nn.Module, x: Tensor, y: Tensor, report: Report) -> dict[str, Any]:
-    """Accuracy by attack, from the weakest to the strongest; every attack starts from what is right when clean."""
+def _count(config: Config, asked: Asked) -> int:
+    return sum(len(_units(config, arm, len(asked.parts))) for arm in asked.subjects)
+
+
+def _problem(folder: RunFolder, subject: Subject, unit: Unit, parts: Sequence[np.ndarray]) -> str | None:
+    """Why a unit is to be done, or None."""
+    if unit.part is None:
+        return None if read_explained(folder, subject) else "missing"
+    return outcomes_problem(folder.part(unit.arm, unit.part), parts[unit.part], subject.of_outcomes)
+
+
+def _measure(config: Config, asked: Asked, own: Sequence[Unit], rank: int) -> dict[Unit, Problem]:
+    """Do units in a pool of processes; returns those that failed. Enough equal failures end it: the rest would too."""
+    wanted, failed = config.evaluation, dict[Unit, Problem]()
+    with progress("evaluate" if rank == 0 else f"evaluate, rank {rank}", len(own), "batches") as meter:
+
+        def end(unit: Unit, problem: Problem | None) -> None:
+            meter.advance()
+            meter.note(f"{unit.arm} {'FAILED' if problem else ''}".rstrip())
+            if problem:
+                failed[unit] = problem
+
+        def enough() -> bool:
+            signatures = [problem.signature or problem.message for problem in failed.values()]
+            return any(signatures.count(each) >= config.cluster.equal_errors for each in set(signatures))
+
+        run_local(
+            UnitTask(config, asked.subjects, rank), own, wanted.workers, wanted.threads, config.cluster.attempts,
+            Events(
+                progress=lambda unit, amount: None,
+                end=end,
+                restart=lambda unit, problem: say(f"evaluate: {unit.arm}: {problem.message}; beginning it again"),
+                stop=enough,
+            ),
+        )  # fmt: skip
+    return failed
+
+
+def _say_failed(folder: RunFolder, failed: Mapping[Unit, Problem]) -> None:
+    for arm in dict.fromkeys(unit.arm for unit in failed):
+        problems = [problem for unit, problem in failed.items() if unit.arm == arm]
+        log = folder.logs / f"evaluate_{arm}.log"
+        log.write_text("".join(f"{problem.tail}\n{problem.message}\n" for problem in problems))
+        advice = "; lower evaluation.batch_size" if "out-of-memory" in problems[0].kind else ""
+        say(f"evaluate: {arm} FAILED in {len(problems)} batch(es): {problems[0].message}{advice} (log: {log})")
+
+
+def _finish(config: Config, folder: RunFolder, subject: Subject, parts: Sequence[np.ndarray]) -> None:
+    """Publish an arm's result if all its units are there; a share that is not the last one finds some missing."""
+    units = _units(config, subject.arm, len(parts))
+    with exclusive(folder.results, PATIENCE_S):
+        if _is_done(folder, subject):  # another share was the last one
+            return
+        missing = [unit for unit in units if _problem(folder, subject, unit, parts)]
+        if missing:
+            say(f"evaluate: {subject.arm}: {len(missing)} of {len(units)} batches and explanations are missing yet")
+            return
+        outcomes = join_outcomes([read_outcomes(folder.part(subject.arm, part)) for part in range(len(parts))])
+        explained = read_explained(folder, subject) if config.evaluation.explained else None
+        with publish(folder.outcomes(subject.arm)) as table:
+            write_outcomes(table, outcomes)
+        result = describe_result(config, folder, subject, outcomes, explained)
+        write_json(folder.result(subject.arm), result)  # last: it says what the other files must be
+        shutil.rmtree(folder.parts(subject.arm))
+    worst = result["worst"]
+    say(f"evaluate: {subject.arm}: {worst['right']} of {worst['of']} right under every attack: "
+        f"{folder.result(subject.arm)}")  # fmt: skip
+
+
+def _say_plan(config: Config, folder: RunFolder, asked: Asked) -> None:
     wanted = config.evaluation
-    right = is_right(model, x, y, wanted.batch_size)
-    rows: dict[str, Any] = {}
-
-    def add(name: str, outcome: Tensor, since: float) -> None:
-        low, high = wilson_interval(int(outcome.sum()), len(outcome))
-        rows[name] = {
-            "right": int(outcome.sum()), "of": len(outcome), "accuracy": float(outcome.double().mean()),
-            "low": low, "high": high, "seconds": round(time.monotonic() - since, 2),
-        }  # fmt: skip
-        report(1)
-
-    since = time.monotonic()
-    add("clean", right, since)
-    since = time.monotonic()
-    add("fgsm", survives_fgsm(model, x, y, right, wanted.eps, wanted.batch_size), since)
-    since = time.monotonic()
-    steps, restarts = wanted.pgd_steps, wanted.pgd_restarts
-    outcome = survives_pgd(model, x, y, right, wanted.eps, steps, restarts, wanted.batch_size, wanted.seed)
-    add(f"pgd-{steps}" + (f"x{restarts}" if restarts > 1 else ""), outcome, since)
-    since = time.monotonic()
-    if wanted.autoattack == "none":
-        report(1)
-    else:
-        outcome = autoattack(model, x, y, wanted.eps, wanted.autoattack, wanted.seed, wanted.batch_size)
-        add(
-            "autoattack" if wanted.autoattack == "standard" else f"autoattack-{wanted.autoattack}",
-            outcome & right,
-            since,
+    count, images = _count(config, asked), sum(map(len, asked.parts))
+    say(f"run folder   {folder.path}")
+    say(f"images       {images} in {len(asked.parts)} batches of at most {wanted.batch_size}")
+    version = wanted.autoattack if isinstance(wanted.autoattack, str) else ", ".join(wanted.autoattack)
+    say(f"attacks      {wanted.norm} {wanted.eps:.4g}: FGSM, {', '.join(pgd_names(wanted))}, AutoAttack: {version}")
+    if wanted.curve:
+        say(f"curve        {len(wanted.curve)} radii up to {wanted.curve[-1]:.4g}, the first {wanted.curve_images}")
+    for arm in asked.subjects:
+        left = sum(unit.arm == arm for unit in asked.missing)
+        say(f"  {arm}: {len(_units(config, arm, len(asked.parts))) - left} units are there, {left} to do")
+    if seconds := _seconds_a_batch(folder, asked):
+        left = sum(unit.part is not None for unit in asked.missing)
+        each = f"{duration(seconds, 1)} a batch, by those that are there"
+        say(
+            f"cost         {each}: about {duration(seconds * left / wanted.workers, 1)} with {wanted.workers} worker(s)"
         )
-    return rows
+    elif count:
+        say("cost         not known before a first batch is there")
+    say("dry run: nothing was started or written")
 
 
-def _explain(
-    config: Config, folder: RunFolder, arm: str, model: torch.nn.Module, test: ImageSet, device: torch.device
-) -> float | None:
-    """Explain the first test images, the same for every arm; returns the mean top-5 Jaccard of two sampling seeds."""
-    ids = test.ids[: config.evaluation.explained]
-    if not len(ids):
+def _seconds_a_batch(folder: RunFolder, asked: Asked) -> float | None:
+    units = [Unit(arm, part) for arm in asked.subjects for part in range(len(asked.parts))]
+    there = [unit for unit in units if not _problem(folder, asked.subjects[unit.arm], unit, asked.parts)]
+    if not there:
         return None
-    pixels = torch.from_numpy(test.images(ids)).to(device)
-    labels = torch.from_numpy(test.labels_of(ids)).to(device)
-    with torch.inference_mode():
-        targets = true_and_runner_up(model(pixels), labels).cpu().numpy()
-    explain = partial(explain_batch, lambda batch: model(batch).softmax(1), pixels, ids, targets=targets)
-    first = explain(config.attribution)
-    other_seed = config.attribution.model_copy(update={"seed": config.attribution.seed + 1})
-    second = explain(other_seed, segments=first.segments)
-    identity = {"attribution": config.attribution.identity()}
-    with publish(folder.explanations(arm)) as temporary:
-        write_rows(temporary, rows_from(first, test.labels_of(ids)), digest_json(identity), identity=identity)
-    pairs = zip(first.coefficients[:, 0], second.coefficients[:, 0], strict=True)
-    return float(np.mean([topk_jaccard(one, other) for one, other in pairs]))
+    found = [read_outcomes(folder.part(unit.arm, unit.part or 0)) for unit in there]
+    return sum(sum(each.seconds.values()) for each in found) / len(found)
 
 
 if __name__ == "__main__":

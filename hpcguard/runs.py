@@ -143,8 +143,24 @@ class RunFolder:
     def result(self, arm: str) -> Path:
         return self.results / f"{arm}.json"
 
+    def outcomes(self, arm: str) -> Path:
+        """Which images the model got right under which attack."""
+        return self.results / f"{arm}.h5"
+
     def explanations(self, arm: str) -> Path:
         return self.results / f"{arm}_explanations.h5"
+
+    def parts(self, arm: str) -> Path:
+        """What is finished of an arm's result; deleted when all of it is, and published."""
+        return self.results / "parts" / arm
+
+    def part(self, arm: str, number: int) -> Path:
+        """Outcomes of one batch of images."""
+        return self.parts(arm) / f"{number:05d}.h5"
+
+    def explained(self, arm: str) -> Path:
+        """What explanations() was made from, and figures of it."""
+        return self.parts(arm) / "explained.json"
 
     @property
     def report(self) -> Path:

@@ -174,10 +174,10 @@ def test_the_chain_ends_in_results_and_a_report(finished: Path) -> None:
     assert training["spurious"]["flagged"] > 0
     for arm in ("baseline", "pgd", "guided"):
         attacks = json.loads((finished / f"results/{arm}.json").read_text())["attacks"]
-        assert list(attacks) == ["clean", "fgsm", "pgd-4", "autoattack-fast"]
+        assert list(attacks) == ["clean", "fgsm", "pgd-4", "pgd-4-margin", "autoattack-fast"]
         right = [row["right"] for row in attacks.values()]
         assert right[0] >= right[1]
-        assert right[0] >= right[3]
+        assert right[0] >= right[4]
         assert all(row["of"] == 24 and row["low"] <= row["accuracy"] <= row["high"] for row in attacks.values())
     assert (finished / "report/index.html").stat().st_size > 10_000
 
@@ -209,7 +209,7 @@ def test_status_tells_what_is_there(finished: Path, capsys: pytest.CaptureFixtur
     assert {arm: row["trained"] for arm, row in state["arms"].items()} == dict.fromkeys(
         ("baseline", "pgd", "guided"), True
     )
-    assert state["arms"]["guided"]["accuracy"].keys() == {"clean", "fgsm", "pgd-4", "autoattack-fast"}
+    assert state["arms"]["guided"]["accuracy"].keys() == {"clean", "fgsm", "pgd-4", "pgd-4-margin", "autoattack-fast"}
     assert main(["status", str(finished)]) == 0
     assert "4 of 4" in capsys.readouterr().out
 

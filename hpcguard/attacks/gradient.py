@@ -41,6 +41,17 @@ def pgd(
     return attacked
 
 
+def margin_loss(y: Tensor) -> Loss:
+    """The largest other logit less the true one (Carlini & Wagner 2017): its gradient does not vanish where a softmax
+    saturates, as the cross-entropy's does."""
+
+    def loss(logits: Tensor) -> Tensor:
+        logits, true = logits.float(), y[:, None]
+        return (logits.scatter(1, true, -torch.inf).amax(1) - logits.gather(1, true)[:, 0]).sum()
+
+    return loss
+
+
 def random_start(x: Tensor, noise: Tensor, eps: float, norm: Norm = "linf", where: Tensor | None = None) -> Tensor:
     """x moved by noise in [-1, 1]: each pixel by eps times it (Linf), or all along it by eps (L2, where nearly all of
     a ball's volume is at its surface)."""

@@ -1,18 +1,25 @@
 """Which images a model still gets right under an attack."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hpcguard.attacks import fgsm, pgd, random_start
+from hpcguard.attacks import fgsm, margin_loss, pgd, random_start
+from hpcguard.attacks.gradient import Norm
+from hpcguard.randomness import keyed_generator
 
 Model = Callable[[Tensor], Tensor]
+PgdLoss = Literal["cross-entropy", "margin"]
+LOSSES: tuple[PgdLoss, ...] = ("cross-entropy", "margin")
 
 
 @torch.no_grad()
 def is_right(model: Model, x: Tensor, y: Tensor, batch_size: int) -> Tensor:
-    """Whether each image [B, C, H, W] is classified as y, bool [B]; a NaN logit never counts as right."""
+    """Whether each image [B, C, H, W] is classified as y, bool [B]; a NaN or infinite logit never counts as right."""
     rights = []
     for start in range(0, len(x), batch_size):
         logits = model(x[start : start + batch_size])
@@ -31,20 +38,66 @@ def survives(
     return outcome
 
 
-def survives_fgsm(model: Model, x: Tensor, y: Tensor, right: Tensor, eps: float, batch_size: int) -> Tensor:
-    return survives(model, lambda a, b: fgsm(model, a, b, eps), x, y, right, batch_size)
+def survives_fgsm(
+    model: Model, x: Tensor, y: Tensor, right: Tensor, eps: float, batch_size: int, norm: Norm = "linf"
+) -> Tensor:
+    return survives(model, lambda a, b: fgsm(model, a, b, eps, norm), x, y, right, batch_size)
+
+
+@dataclass(frozen=True)
+class Pgd:
+    """PGD (Madry et al. 2018) from random starts, in steps of a quarter of the radius."""
+
+    steps: int
+    restarts: int = 1
+    loss: PgdLoss = "cross-entropy"
+    norm: Norm = "linf"
+    seed: int = 0
 
 
 def survives_pgd(
-    model: Model, x: Tensor, y: Tensor, right: Tensor, eps: float, steps: int, restarts: int, batch_size: int, seed: int
+    model: Model, x: Tensor, y: Tensor, ids: np.ndarray, right: Tensor, eps: float, how: Pgd, batch_size: int
 ) -> Tensor:
-    """Right after every one of `restarts` runs of PGD (step eps / 4) from random starts."""
-    generator = torch.Generator().manual_seed(seed)
+    """Which of the images that are still `right` stay right after every restart, bool [B].
 
-    def attack(images: Tensor, labels: Tensor) -> Tensor:
-        noise = torch.empty(images.shape).uniform_(-1, 1, generator=generator).to(images.device)
-        return pgd(model, images, labels, eps, steps, start=random_start(images, noise, eps))
-
-    for _ in range(restarts):
-        right = survives(model, attack, x, y, right, batch_size)
+    ids: int64 [B]; an image's starts depend on (how.seed, its id) alone.
+    """
+    for restart in range(how.restarts):
+        left = right.nonzero()[:, 0]
+        outcome = torch.zeros_like(right)
+        for part in left.split(batch_size):
+            images, labels = x[part], y[part]
+            noise = start_noise(ids[part.cpu().numpy()], images.shape[1:], how, restart).to(x.device)
+            start = random_start(images, noise, eps, how.norm)
+            loss = margin_loss(labels) if how.loss == "margin" else None
+            attacked = pgd(model, images, labels, eps, how.steps, start=start, norm=how.norm, loss=loss)
+            outcome[part] = is_right(model, attacked, labels, batch_size)
+        right = outcome
     return right
+
+
+def start_noise(ids: np.ndarray, shape: Sequence[int], how: Pgd, restart: int) -> Tensor:
+    """Uniform in [-1, 1), float32 [n, *shape]: each image's own, another for every loss and restart."""
+    place = restart * len(LOSSES) + LOSSES.index(how.loss)
+    noise = np.empty((len(ids), *shape), np.float32)
+    for row, image in zip(noise, ids, strict=True):
+        keyed_generator("attack", how.seed, int(image), place << 32).random(out=row, dtype=np.float32)
+    return torch.from_numpy(noise * 2 - 1)
+
+
+def falls_at(
+    survivors: Callable[[Tensor, float], Tensor], right: Tensor, radii: Sequence[float], eps: float, at_eps: Tensor
+) -> np.ndarray:
+    """The smallest of the ascending radii that each image falls at, float64 [B]: 0 if it is wrong unattacked, infinite
+    if it survives all. What has fallen at a radius is in every larger ball too, and is not attacked again.
+
+    survivors(right, radius): the images still right under the attack; at_eps: its outcome for radius eps, known.
+    """
+    found = np.where(right.cpu().numpy(), np.inf, 0.0)
+    for radius in radii:
+        left = right & at_eps if radius >= eps else right
+        if radius != eps:
+            left = survivors(left, radius)
+        found[(right & ~left).cpu().numpy()] = radius
+        right = left
+    return found

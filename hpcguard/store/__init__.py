@@ -5,6 +5,7 @@ from hpcguard.store.contents import describe, rows_of, stored_problem
 from hpcguard.store.dataset import AttributionDataset
 from hpcguard.store.export import write_npz, write_plain
 from hpcguard.store.journal import Journal, Unit, read_journal
+from hpcguard.store.outcomes import Outcomes, join_outcomes, outcomes_problem, read_outcomes, write_outcomes
 from hpcguard.store.pack import generation, group_shards, pack_shards
 from hpcguard.store.reading import StoreReader
 from hpcguard.store.schema import SCHEMA_VERSION, attributes, rows_from
@@ -16,6 +17,7 @@ __all__ = [
     "AttributionDataset",
     "BlockShuffled",
     "Journal",
+    "Outcomes",
     "ShardWriter",
     "StoreReader",
     "Unit",
@@ -24,10 +26,13 @@ __all__ = [
     "describe",
     "generation",
     "group_shards",
+    "join_outcomes",
     "open_rows",
+    "outcomes_problem",
     "pack_shards",
     "read_journal",
     "read_manifest",
+    "read_outcomes",
     "read_store_manifest",
     "rows_from",
     "rows_of",
@@ -37,6 +42,7 @@ __all__ = [
     "unit_problem",
     "view_problem",
     "write_npz",
+    "write_outcomes",
     "write_plain",
     "write_rows",
     "write_view",

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hpcguard.attacks import autoattack, fgsm, pgd, random_start
+from hpcguard.attacks import autoattack, fgsm, margin_loss, pgd, random_start
 from hpcguard.config import DataConfig
 from hpcguard.data import load_images
 from hpcguard.errors import InputError
 from hpcguard.metrics.accuracy import wilson_interval
-from hpcguard.metrics.robustness import is_right, survives, survives_pgd
 from hpcguard.models.small_cnn import SmallCNN
 
 
@@ -51,6 +50,30 @@ def test_gradient_attacks_are_optimal_on_a_linear_model(linear: nn.Module, start
     for attacked in (fgsm(linear, x, y, eps), pgd(linear, x, y, eps, 20, start=begin)):
         broken = linear(attacked).argmax(1) != y
         assert torch.equal(broken[clear], (distance < eps)[clear])
+
+
+def test_the_margin_finds_what_a_saturated_cross_entropy_hides(linear: nn.Module) -> None:
+    x = middle_images(200)
+    y = linear(x).argmax(1)
+    distance = exact_distance(linear, x, y)
+    eps = float(distance.median())
+    clear = (distance - eps).abs() > 1e-4
+
+    def loud(images: Tensor) -> Tensor:
+        return 1e5 * linear(images)
+
+    by_margin = pgd(loud, x, y, eps, 20, loss=margin_loss(y))
+    assert torch.equal((loud(by_margin).argmax(1) != y)[clear], (distance < eps)[clear])
+    by_entropy = pgd(loud, x, y, eps, 20)
+    assert (loud(by_entropy).argmax(1) != y).sum() < 0.2 * (distance < eps).sum()
+
+
+def test_the_margin_loss_is_the_best_other_logit_less_the_true_one() -> None:
+    logits = torch.tensor([[1.0, 5.0, 2.0], [4.0, -1.0, 0.5]], requires_grad=True)
+    loss = margin_loss(torch.tensor([1, 2]))(logits)
+    assert loss.item() == (2 - 5) + (4 - 0.5)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient.tolist() == [[0, -1, 1], [1, 0, -1]]
 
 
 @pytest.mark.parametrize("start", [False, True])
@@ -152,36 +175,6 @@ def test_pgd_does_not_depend_on_the_batch() -> None:
     assert torch.allclose(together, alone, atol=1e-12)
 
 
-def test_only_images_that_are_right_are_attacked(linear: nn.Module) -> None:
-    x = middle_images(10)
-    y = linear(x).argmax(1)
-    right = torch.arange(10) % 3 == 0
-    seen: list[int] = []
-
-    def attack(images: Tensor, labels: Tensor) -> Tensor:
-        seen.append(len(images))
-        return images
-
-    assert torch.equal(survives(linear, attack, x, y, right, 3), right)
-    assert seen == [3, 1]
-
-
-def test_restarts_only_lower_the_count(linear: nn.Module) -> None:
-    x = middle_images(50)
-    y = linear(x).argmax(1)
-    eps = float(exact_distance(linear, x, y).median())
-    right = torch.ones(50, dtype=torch.bool)
-    once = survives_pgd(linear, x, y, right, eps, 2, 1, 16, 0)
-    thrice = survives_pgd(linear, x, y, right, eps, 2, 3, 16, 0)
-    assert (thrice <= once).all()
-
-
-def test_nan_logits_are_never_right() -> None:
-    y = torch.zeros(3, dtype=torch.long)
-    logits = torch.tensor([[1.0, 0.0], [1.0, torch.nan], [torch.nan, 0.0]])
-    assert is_right(lambda x: logits[: len(x)], torch.zeros(3, 1, 8, 8), y, 3).tolist() == [True, False, False]
-
-
 @pytest.mark.parametrize("version", ["fast", "standard", "untargeted"])
 def test_autoattack_is_exact_on_a_linear_model(version: str) -> None:
     """With few classes there are fewer than nine targets, which the library must be told."""
@@ -221,3 +214,68 @@ def test_autoattack_with_too_few_classes_says_what_to_use() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
     with pytest.raises(InputError, match="needs 4 classes, there are 2; use untargeted"):
         autoattack(model, middle_images(2), torch.tensor([0, 1]), 0.1, "standard", 0, 16)
+
+
+def test_a_list_with_too_few_classes_is_refused_where_it_must_be() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    x, y = middle_images(2), torch.tensor([0, 1])
+    with pytest.raises(InputError, match=r"apgd-ce\+apgd-dlr: needs 3 classes, there are 2"):
+        autoattack(model, x, y, 0.1, ["apgd-ce", "apgd-dlr"], 0, 16)
+    assert autoattack(model, x, model(x).argmax(1), 0.0, ["apgd-ce"], 0, 16).all()
+
+
+@pytest.mark.parametrize(
+    ("version", "norm", "eps"),
+    [("standard", "linf", 0.12), ("fast", "l2", 0.25), (["apgd-dlr", "fab"], "linf", 0.12)],
+)
+def test_autoattack_is_the_library_image_by_image(
+    version: str | list[str], norm: Literal["linf", "l2"], eps: float
+) -> None:
+    torch.manual_seed(6)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 32), nn.Tanh(), nn.Linear(32, 5))
+    with torch.no_grad():
+        net[1].weight *= 6
+    x = middle_images(24)
+    y = net(x).argmax(1)
+    attacks = {"standard": ["apgd-ce", "apgd-t", "fab-t", "square"], "fast": ["apgd-ce", "apgd-t"]}
+    library = pyautoattack.AutoAttack(
+        net, norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, seed=3, device="cpu", version="custom",
+        attacks=attacks[version] if isinstance(version, str) else version,
+    )  # fmt: skip
+    library.apgd.n_restarts = library.fab.n_restarts = 1  # as its standard version sets it
+    library.apgd_targeted.n_target_classes = library.fab.n_target_classes = 4
+    _, predicted = library.run_standard_evaluation(x, y, batch_size=24)
+    theirs = predicted == y
+    assert 3 < theirs.sum() < 21
+    assert torch.equal(autoattack(net, x, y, eps, version, 3, 24, norm), theirs)
+
+
+class Holed(nn.Module):
+    """Class 0 everywhere, and no finite answer where the first pixel is above 0.55."""
+
+    def __init__(self, answer: float) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = x[:, 0, 0, 0]
+        logits = torch.stack([3 - first, *(0.1 * k + 0.2 * first for k in range(4))], 1)
+        hole = torch.zeros_like(logits)
+        hole[:, 0] = self.answer
+        return torch.where((first > 0.55)[:, None], logits + hole, logits)
+
+
+@pytest.mark.parametrize("answer", [math.nan, math.inf])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_an_answer_that_is_not_finite_is_no_robustness(answer: float, norm: Literal["linf", "l2"]) -> None:
+    """The library takes NaN and infinity for the largest logit, and so the image for right."""
+    x = torch.full((4, 3, 2, 2), 0.5)
+    x[2:, 0, 0, 0] = 0.3  # 0.25 away from the hole
+    y = torch.zeros(4, dtype=torch.long)
+    library = pyautoattack.AutoAttack(
+        Holed(answer), norm={"linf": "Linf", "l2": "L2"}[norm], eps=0.1, device="cpu", version="custom",
+        attacks=["apgd-ce"],
+    )  # fmt: skip
+    _, predicted = library.run_standard_evaluation(x, y, batch_size=4)
+    assert (predicted == y).all()
+    assert autoattack(Holed(answer), x, y, 0.1, ["apgd-ce"], 0, 4, norm).tolist() == [False, False, True, True]
