@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from hpcguard.attacks.gradient import Norm
 from hpcguard.attribution import LimeConfig, explain_batch, true_and_runner_up
-from hpcguard.cluster.memory import keep_freed_memory
+from hpcguard.cluster.heap import freed_memory_kept
 from hpcguard.config import DataConfig, SpuriousConfig
 from hpcguard.data import load_images
 from hpcguard.metrics.bound import Distortion, certified, estimated, measured, summarise
@@ -166,8 +166,8 @@ def main() -> int:
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    keep_freed_memory()  # the forms of every layer are freed and asked for again
-    figures, load = run_parts({name: globals()[f"part_{name}"] for name in PARTS}, parser, arguments)
+    with freed_memory_kept():  # the forms of every layer are freed and asked for again
+        figures, load = run_parts({name: globals()[f"part_{name}"] for name in PARTS}, parser, arguments)
     print(f"{hardware()}; torch {torch.__version__}")
     if arguments.json:
         print(json.dumps({**figures, "load": load, "hardware": hardware(), "torch": torch.__version__}))

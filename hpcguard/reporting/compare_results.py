@@ -20,9 +20,12 @@ ANYWAY = ("batch_size", "explained", "images")  # no outcome depends on these, o
 class Outcomes(Protocol):
     """Per-image outcomes: image_id and label int64 [N], and by attack which images stayed right, bool [N]."""
 
-    image_id: np.ndarray
-    label: np.ndarray
-    right: Mapping[str, np.ndarray]
+    @property
+    def image_id(self) -> np.ndarray: ...
+    @property
+    def label(self) -> np.ndarray: ...
+    @property
+    def right(self) -> Mapping[str, np.ndarray]: ...
 
 
 @dataclass(frozen=True)
