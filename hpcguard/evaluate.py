@@ -1,20 +1,21 @@
-"""Measure every trained arm on test images: clean, FGSM, PGD, AutoAttack; and explain a few images with each.
+"""Measure every trained arm on test images: robust accuracy (clean, FGSM, PGD, AutoAttack, by radius), alarms of masked
+gradients; and as the configuration asks, corruptions, quality of explanations, the paper's claim, bounds.
 
 Attacks run in [0, 1] pixel space on the unmodified test images, on those images only that are still right. Batches of
-images are attacked and published one by one, so that a kill costs one batch a worker at most; several are attacked at
+images are measured and published one by one, so that a kill costs one batch a worker at most; several are measured at
 once in evaluation.workers processes, by the ranks of mpiexec or srun --mpi, or by jobs with a --share each. Writes
-RUN/results/ARM.json and, image by image, ARM.h5, one a model, and the explanations that the report draws. A model
-whose weights and settings have not changed is not measured again.
+RUN/results/ARM.json and, image by image, ARM.h5 and ARM.KIND.h5. What neither weights nor settings have changed is not
+measured again: corruptions can be asked for later without another attack.
 """
 
 import argparse
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from typing import Any
 
 from hpcguard.attacks.autoattack import check_classes
 from hpcguard.cluster.environment import check_tasks
@@ -23,19 +24,16 @@ from hpcguard.cluster.local import Events, run_local
 from hpcguard.cluster.ranks import communicator
 from hpcguard.config import Config
 from hpcguard.data import ImageSet
+from hpcguard.data.corrupted import open_corruptions
 from hpcguard.errors import InputError
-from hpcguard.measure import Subject, Unit, UnitTask, cut, pgd_names, read_explained, test_images
+from hpcguard.evaluation.attacks import pgd_names
+from hpcguard.evaluation.result import describe_result
+from hpcguard.evaluation.subject import TABLES, Kind, Plan, Subject, Unit, plan_units
+from hpcguard.evaluation.units import UnitTask, read_note, test_images, unit_problem
+from hpcguard.models.external import keep_if_ready_made
 from hpcguard.progress import duration, progress, say
-from hpcguard.result import describe_result
-from hpcguard.runs import (
-    RunFolder,
-    digest_file,
-    exclusive,
-    publish,
-    read_json,
-    write_json,
-)
-from hpcguard.store import join_outcomes, outcomes_problem, read_outcomes, write_outcomes
+from hpcguard.runs import RunFolder, digest_file, exclusive, publish, read_json, write_json
+from hpcguard.store import ImageTable, join_tables, read_table, table_problem, write_table
 
 EXAMPLE = (
     "python -m hpcguard.evaluate configs/quickstart.yaml --dry-run",
@@ -63,7 +61,8 @@ class Asked:
     """What is to be measured; rank 0 finds it out for all."""
 
     subjects: dict[str, Subject]  # those without a result
-    parts: list[np.ndarray]  # ids of the images of each
+    baseline: Subject | None  # the model that was explained, if there is one
+    plan: Plan
     missing: list[Unit]  # of this share, if it is one
 
 
@@ -83,7 +82,7 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
     _say_failed(folder, failed)
     for subject in asked.subjects.values():
         if not any(unit.arm == subject.arm for unit in failed):
-            _finish(config, folder, subject, asked.parts)
+            _finish(config, folder, subject, asked.plan)
     return 1 if failed else 0
 
 
@@ -92,8 +91,9 @@ def _begin(config: Config, folder: RunFolder, arguments: argparse.Namespace) -> 
     if asked.subjects:
         folder.create()
         folder.record_config(config, ("evaluation",))
-        units = len(asked.missing)
-        say(f"evaluate: {', '.join(asked.subjects)}: {units} of {_count(config, asked)} batches and explanations to do")
+        counted = Counter(unit.kind for unit in asked.missing)
+        to_do = ", ".join(f"{count} of {kind}" for kind, count in counted.items()) or "nothing"
+        say(f"evaluate: {', '.join(asked.subjects)}: to do: {to_do}")
     return asked
 
 
@@ -103,17 +103,28 @@ def _ask(config: Config, folder: RunFolder, arguments: argparse.Namespace) -> As
     test = test_images(config)
     check_classes(config.evaluation.autoattack, len(test.classes))
     arms = _arms(config, folder, arguments.arm)
-    subjects = {arm: _subject(config, folder, arm, test) for arm in arms}
-    for arm in [arm for arm in arms if _is_done(folder, subjects[arm])]:
+    plan = plan_units(config, test.ids)
+    baseline, subjects = _subjects(config, folder, arms, test, plan, bool(arguments.dry_run))
+    for arm in [arm for arm in arms if _is_done(folder, subjects[arm], plan)]:
         say(f"evaluate: {arm} is measured already: {folder.result(arm)}")
         del subjects[arm]
-    parts = cut(test.ids, config.evaluation.batch_size)
-    units = [unit for arm in subjects for unit in _units(config, arm, len(parts))][first::step]
-    problems = {unit: _problem(folder, subjects[unit.arm], unit, parts) for unit in units}
+    units = [unit for arm in subjects for unit in _left(folder, subjects[arm], plan)][first::step]
+    problems = {unit: unit_problem(folder, subjects[unit.arm], unit, plan) for unit in units}
     for unit, problem in problems.items():
         if problem not in (None, "missing"):
-            say(f"evaluate: {unit.arm}, batch {unit.part}: {problem}; doing it again")
-    return Asked(subjects, parts, [unit for unit, problem in problems.items() if problem])
+            say(f"evaluate: {unit.arm}, {unit.kind}, batch {unit.part}: {problem}; doing it again")
+    return Asked(subjects, baseline, plan, [unit for unit, problem in problems.items() if problem])
+
+
+def _left(folder: RunFolder, subject: Subject, plan: Plan) -> list[Unit]:
+    """The units of those kinds whose figures are not published yet."""
+    there = {kind for kind in TABLES if kind in plan.batches and _is_published(folder, subject, kind, plan)}
+    return [unit for unit in plan.units(subject.arm) if unit.kind not in there]
+
+
+def _is_published(folder: RunFolder, subject: Subject, kind: Kind, plan: Plan) -> bool:
+    path = folder.figures(subject.arm, kind)
+    return table_problem(path, plan.ids(kind), subject.digest(kind)) is None
 
 
 def _share(text: str | None) -> tuple[int, int]:
@@ -134,54 +145,64 @@ def _arms(config: Config, folder: RunFolder, asked: list[str] | None) -> list[st
                 raise InputError(
                     f"arm {arm}: {folder.weights(arm)} is not there; run `python -m hpcguard.refine` for it"
                 )
-    folder.explained_weights(config)
     return list(dict.fromkeys(asked or ["baseline", *trained]))
 
 
-def _subject(config: Config, folder: RunFolder, arm: str, test: ImageSet) -> Subject:
-    weights = folder.explained_weights(config) if arm == "baseline" else folder.weights(arm)
-    return Subject(arm, weights, {
-        "weights_sha256": digest_file(weights),
+def _subjects(
+    config: Config, folder: RunFolder, arms: Sequence[str], test: ImageSet, plan: Plan, dry_run: bool
+) -> tuple[Subject | None, dict[str, Subject]]:
+    """The explained model, if there is one, and those to be measured."""
+    if not dry_run:
+        keep_if_ready_made(config, len(test.classes), test.shape[0], folder.weights("baseline"))
+    try:
+        weights = {"baseline": folder.explained_weights(config)}
+    except InputError:
+        if "baseline" in arms:
+            raise
+        weights = {}  # arms alone can be measured
+    weights |= {arm: folder.weights(arm) for arm in arms if arm != "baseline"}
+    shared: dict[str, Any] = {
         "model": config.model.identity(),
         "evaluation": config.evaluation.identity(),
         "attribution": config.attribution.identity(),
         "test_sha256": test.digest(),
-    })  # fmt: skip
+        "corrupted": _corrupted(config, test, plan),
+        "baseline_sha256": digest_file(weights["baseline"]) if "baseline" in weights else None,
+    }
+    subjects = {
+        arm: Subject(arm, path, {"weights_sha256": digest_file(path), **shared}) for arm, path in weights.items()
+    }
+    return subjects.get("baseline"), {arm: subjects[arm] for arm in arms}
 
 
-def _is_done(folder: RunFolder, subject: Subject) -> bool:
-    if not folder.result(subject.arm).exists():
+def _corrupted(config: Config, test: ImageSet, plan: Plan) -> dict[str, str] | None:
+    if "corruptions" not in plan.batches:
+        return None
+    corrupted = open_corruptions(config.evaluation.corruptions, test, config.data.size)
+    return {"name": corrupted.name, "sha256": corrupted.digest(plan.ids("corruptions"))}
+
+
+def _is_done(folder: RunFolder, subject: Subject, plan: Plan) -> bool:
+    path = folder.result(subject.arm)
+    if not path.exists():
         return False
-    recorded = read_json(folder.result(subject.arm), f"delete {folder.result(subject.arm)} to measure it again")
-    outcomes = folder.outcomes(subject.arm)
-    whole = outcomes.is_file() and recorded.get("outcomes_sha256") == digest_file(outcomes)
-    explained = folder.explanations(subject.arm).exists() or not subject.identity["evaluation"]["explained"]
-    return recorded.get("identity") == subject.identity and whole and explained
-
-
-def _units(config: Config, arm: str, parts: int) -> list[Unit]:
-    return [Unit(arm, part) for part in range(parts)] + ([Unit(arm, None)] if config.evaluation.explained else [])
-
-
-def _count(config: Config, asked: Asked) -> int:
-    return sum(len(_units(config, arm, len(asked.parts))) for arm in asked.subjects)
-
-
-def _problem(folder: RunFolder, subject: Subject, unit: Unit, parts: Sequence[np.ndarray]) -> str | None:
-    """Why a unit is to be done, or None."""
-    if unit.part is None:
-        return None if read_explained(folder, subject) else "missing"
-    return outcomes_problem(folder.part(unit.arm, unit.part), parts[unit.part], subject.of_outcomes)
+    recorded = read_json(path, f"delete {path} to measure it again")
+    if recorded.get("identity") != subject.identity:
+        return False
+    named = {"attacks": recorded.get("outcomes_sha256"), **recorded.get("tables_sha256", {})}
+    tables = {kind: folder.figures(subject.arm, kind) for kind in TABLES if kind in plan.batches}
+    whole = all(table.is_file() and named.get(kind) == digest_file(table) for kind, table in tables.items())
+    return whole and ("explanations" not in plan.batches or folder.explanations(subject.arm).exists())
 
 
 def _measure(config: Config, asked: Asked, own: Sequence[Unit], rank: int) -> dict[Unit, Problem]:
     """Do units in a pool of processes; returns those that failed. Enough equal failures end it: the rest would too."""
     wanted, failed = config.evaluation, dict[Unit, Problem]()
-    with progress("evaluate" if rank == 0 else f"evaluate, rank {rank}", len(own), "batches") as meter:
+    with progress("evaluate" if rank == 0 else f"evaluate, rank {rank}", len(own), "units") as meter:
 
         def end(unit: Unit, problem: Problem | None) -> None:
             meter.advance()
-            meter.note(f"{unit.arm} {'FAILED' if problem else ''}".rstrip())
+            meter.note(f"{unit.arm} {unit.kind} {'FAILED' if problem else ''}".rstrip())
             if problem:
                 failed[unit] = problem
 
@@ -190,7 +211,8 @@ def _measure(config: Config, asked: Asked, own: Sequence[Unit], rank: int) -> di
             return any(signatures.count(each) >= config.cluster.equal_errors for each in set(signatures))
 
         run_local(
-            UnitTask(config, asked.subjects, rank), own, wanted.workers, wanted.threads, config.cluster.attempts,
+            UnitTask(config, asked.subjects, asked.baseline, rank), own, wanted.workers, wanted.threads,
+            config.cluster.attempts,
             Events(
                 progress=lambda unit, amount: None,
                 end=end,
@@ -210,58 +232,80 @@ def _say_failed(folder: RunFolder, failed: Mapping[Unit, Problem]) -> None:
         say(f"evaluate: {arm} FAILED in {len(problems)} batch(es): {problems[0].message}{advice} (log: {log})")
 
 
-def _finish(config: Config, folder: RunFolder, subject: Subject, parts: Sequence[np.ndarray]) -> None:
+def _finish(config: Config, folder: RunFolder, subject: Subject, plan: Plan) -> None:
     """Publish an arm's result if all its units are there; a share that is not the last one finds some missing."""
-    units = _units(config, subject.arm, len(parts))
     with exclusive(folder.results, PATIENCE_S):
-        if _is_done(folder, subject):  # another share was the last one
+        if _is_done(folder, subject, plan):  # another share was the last one
             return
-        missing = [unit for unit in units if _problem(folder, subject, unit, parts)]
+        units = _left(folder, subject, plan)
+        missing = [unit for unit in units if unit_problem(folder, subject, unit, plan)]
         if missing:
-            say(f"evaluate: {subject.arm}: {len(missing)} of {len(units)} batches and explanations are missing yet")
+            say(f"evaluate: {subject.arm}: {len(missing)} of {len(units)} units are missing yet")
             return
-        outcomes = join_outcomes([read_outcomes(folder.part(subject.arm, part)) for part in range(len(parts))])
-        explained = read_explained(folder, subject) if config.evaluation.explained else None
-        with publish(folder.outcomes(subject.arm)) as table:
-            write_outcomes(table, outcomes)
-        result = describe_result(config, folder, subject, outcomes, explained)
+        tables = {kind: _table(folder, subject, kind, plan) for kind in TABLES if kind in plan.batches}
+        notes = {kind: read_note(folder, subject, kind) or {} for kind in plan.batches if kind not in TABLES}
+        result = describe_result(config, folder, subject, tables, notes)
         write_json(folder.result(subject.arm), result)  # last: it says what the other files must be
-        shutil.rmtree(folder.parts(subject.arm))
-    worst = result["worst"]
-    say(f"evaluate: {subject.arm}: {worst['right']} of {worst['of']} right under every attack: "
+        shutil.rmtree(folder.parts(subject.arm), ignore_errors=True)
+    worst, doubt = result["worst"], "" if result["trusted"] else "; NOT TO BE TRUSTED, see its alarms"
+    say(f"evaluate: {subject.arm}: {worst['right']} of {worst['of']} right under every attack{doubt}: "
         f"{folder.result(subject.arm)}")  # fmt: skip
+
+
+def _table(folder: RunFolder, subject: Subject, kind: Kind, plan: Plan) -> ImageTable:
+    """The figures of a kind, published."""
+    path = folder.figures(subject.arm, kind)
+    if _is_published(folder, subject, kind, plan):
+        return read_table(path)
+    parts = range(len(plan.batches[kind]))
+    table = join_tables([read_table(folder.part(subject.arm, kind, part)) for part in parts])
+    with publish(path) as temporary:
+        write_table(temporary, table)
+    return table
 
 
 def _say_plan(config: Config, folder: RunFolder, asked: Asked) -> None:
     wanted = config.evaluation
-    count, images = _count(config, asked), sum(map(len, asked.parts))
+    images, batches = len(asked.plan.ids("attacks")), len(asked.plan.batches["attacks"])
     say(f"run folder   {folder.path}")
-    say(f"images       {images} in {len(asked.parts)} batches of at most {wanted.batch_size}")
+    say(f"images       {images} in {batches} batches of at most {wanted.batch_size}")
     version = wanted.autoattack if isinstance(wanted.autoattack, str) else ", ".join(wanted.autoattack)
     say(f"attacks      {wanted.norm} {wanted.eps:.4g}: FGSM, {', '.join(pgd_names(wanted))}, AutoAttack: {version}")
     if wanted.curve:
         say(f"curve        {len(wanted.curve)} radii up to {wanted.curve[-1]:.4g}, the first {wanted.curve_images}")
+    for kind in asked.plan.batches:
+        if kind not in ("attacks", "alarms", "explanations"):
+            say(f"{kind:<12} the first {len(asked.plan.ids(kind))}")
     for arm in asked.subjects:
+        units = list(asked.plan.units(arm))
         left = sum(unit.arm == arm for unit in asked.missing)
-        say(f"  {arm}: {len(_units(config, arm, len(asked.parts))) - left} units are there, {left} to do")
-    if seconds := _seconds_a_batch(folder, asked):
-        left = sum(unit.part is not None for unit in asked.missing)
-        each = f"{duration(seconds, 1)} a batch, by those that are there"
-        say(
-            f"cost         {each}: about {duration(seconds * left / wanted.workers, 1)} with {wanted.workers} worker(s)"
-        )
-    elif count:
-        say("cost         not known before a first batch is there")
+        say(f"  {arm}: {len(units) - left} units are there, {left} to do")
+    _say_cost(config, folder, asked)
     say("dry run: nothing was started or written")
 
 
-def _seconds_a_batch(folder: RunFolder, asked: Asked) -> float | None:
-    units = [Unit(arm, part) for arm in asked.subjects for part in range(len(asked.parts))]
-    there = [unit for unit in units if not _problem(folder, asked.subjects[unit.arm], unit, asked.parts)]
-    if not there:
-        return None
-    found = [read_outcomes(folder.part(unit.arm, unit.part or 0)) for unit in there]
-    return sum(sum(each.seconds.values()) for each in found) / len(found)
+def _say_cost(config: Config, folder: RunFolder, asked: Asked) -> None:
+    """By the units that are there, of each kind."""
+    seconds = _seconds_a_unit(folder, asked)
+    if not asked.missing:
+        return
+    known = [unit for unit in asked.missing if unit.kind in seconds]
+    workers, total = config.evaluation.workers, sum(seconds[unit.kind] for unit in known)
+    unknown = dict.fromkeys(unit.kind for unit in asked.missing if unit.kind not in seconds)
+    if known:
+        say(f"cost         about {duration(total / workers, 1)} with {workers} worker(s), by units that are there")
+    if unknown:
+        say(f"cost         of {', '.join(unknown)}: not known before a first unit is there")
+
+
+def _seconds_a_unit(folder: RunFolder, asked: Asked) -> dict[Kind, float]:
+    found: dict[Kind, list[float]] = {}
+    for subject in asked.subjects.values():
+        for unit in _left(folder, subject, asked.plan):
+            if not unit_problem(folder, subject, unit, asked.plan) and unit.kind in TABLES:
+                table = read_table(folder.part(unit.arm, unit.kind, unit.part))
+                found.setdefault(unit.kind, []).append(sum(table.seconds.values()))
+    return {kind: sum(each) / len(each) for kind, each in found.items()}
 
 
 if __name__ == "__main__":

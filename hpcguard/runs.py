@@ -143,24 +143,24 @@ class RunFolder:
     def result(self, arm: str) -> Path:
         return self.results / f"{arm}.json"
 
-    def outcomes(self, arm: str) -> Path:
-        """Which images the model got right under which attack."""
-        return self.results / f"{arm}.h5"
+    def figures(self, arm: str, kind: str = "attacks") -> Path:
+        """Figures of a result image by image; of attacks: which the model got right under which."""
+        return self.results / (f"{arm}.h5" if kind == "attacks" else f"{arm}.{kind}.h5")
 
     def explanations(self, arm: str) -> Path:
-        return self.results / f"{arm}_explanations.h5"
+        return self.results / f"{arm}.explanations.h5"
 
     def parts(self, arm: str) -> Path:
-        """What is finished of an arm's result; deleted when all of it is, and published."""
+        """Figures of batches of images; deleted when all are there, and published."""
         return self.results / "parts" / arm
 
-    def part(self, arm: str, number: int) -> Path:
-        """Outcomes of one batch of images."""
-        return self.parts(arm) / f"{number:05d}.h5"
+    def part(self, arm: str, kind: str, number: int) -> Path:
+        """Figures of one batch."""
+        return self.parts(arm) / kind / f"{number:05d}.h5"
 
-    def explained(self, arm: str) -> Path:
-        """What explanations() was made from, and figures of it."""
-        return self.parts(arm) / "explained.json"
+    def note(self, arm: str, kind: str) -> Path:
+        """What was found about a model as a whole, and what it depends on."""
+        return self.results / "notes" / f"{arm}.{kind}.json"
 
     @property
     def report(self) -> Path:

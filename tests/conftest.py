@@ -39,7 +39,8 @@ TINY = {
         "epochs": 2, "batch_size": 32, "engine": "torch", "attack": {"eps": 0.1, "steps": 2},
     },
     "controls": {"pgd": {"masking": {"weight": 0}, "sensitivity": {"weight": 0}}},
-    "evaluation": {"images": 24, "eps": 0.1, "pgd_steps": 4, "autoattack": "none", "explained": 4},
+    "evaluation": {"images": 24, "eps": 0.1, "pgd_steps": 4, "autoattack": "none", "explained": 4,
+                   "alarms": {"images": 4, "queries": 20}},
 }  # fmt: skip
 
 

@@ -22,13 +22,20 @@ from hpcguard.cli import run_stage
 from hpcguard.cluster.ranks import mpi_command
 from hpcguard.config import DataConfig, EvaluationConfig, load_config
 from hpcguard.data import load_images
-from hpcguard.measure import test_images as images_of
+from hpcguard.evaluation.units import test_images as images_of
 from hpcguard.models import load_model
 from hpcguard.models.small_cnn import SmallCNN
 from hpcguard.store import read_outcomes
 
 MakeConfig = Callable[..., Path]
-SMALL = ["evaluation.batch_size=10", "evaluation.explained=0", "evaluation.images=24", "evaluation.eps=0.1"]
+SMALL = [
+    "evaluation.alarms.images=2",
+    "evaluation.alarms.queries=20",
+    "evaluation.batch_size=10",
+    "evaluation.explained=0",
+    "evaluation.images=24",
+    "evaluation.eps=0.1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +162,7 @@ def test_shares_and_ranks_find_what_one_process_finds(run: Path, capfd: pytest.C
     for share in ("2/3", "0/3", "1/3"):
         assert not (run / "results/baseline.json").exists()
         assert evaluate(run, restarts, "--share", share) == 0
-    assert "1 of 3 batches and explanations are missing yet" in capfd.readouterr().out
+    assert "1 of 4 units are missing yet" in capfd.readouterr().out
     assert columns(run) == alone
     shutil.rmtree(run / "results")
     command = [sys.executable, "-m", "hpcguard.evaluate", str(run), *SMALL, restarts]
@@ -173,7 +180,7 @@ def test_shares_that_cannot_be(run: Path, share: str, capsys: pytest.CaptureFixt
 
 
 def parts(run: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_mtime_ns for path in (run / "results/parts/baseline").glob("0*.h5")}
+    return {path.name: path.stat().st_mtime_ns for path in (run / "results/parts/baseline/attacks").glob("0*.h5")}
 
 
 def test_a_kill_costs_one_batch_at_the_most(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,16 +192,18 @@ def test_a_kill_costs_one_batch_at_the_most(run: Path, capsys: pytest.CaptureFix
     process.wait()
     kept = parts(run)
     assert 3 <= len(kept) < 8
-    damaged = run / "results/parts/baseline/00001.h5"
+    damaged = run / "results/parts/baseline/attacks/00001.h5"
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    assert run_stage("evaluate", [str(run), *slow, "--share", "1/8"]) == 0  # which is the damaged one's
+    assert (
+        run_stage("evaluate", [str(run), *slow, "--share", "2/9"]) == 0
+    )  # after the alarms, which is the damaged one's
     said = capsys.readouterr().out
-    assert "batch 1: " in said and "doing it again" in said and "1 of 8 batches" in said
+    assert "attacks, batch 1: " in said and "doing it again" in said and "to do: 1 of attacks" in said
     again = parts(run)
     assert again.keys() == kept.keys()
     assert {name for name in kept if again[name] != kept[name]} == {"00001.h5"}
     assert run_stage("evaluate", [str(run), *slow]) == 0
-    assert f"{8 - len(kept)} of 8 batches" in capsys.readouterr().out
+    assert f"{8 - len(kept)} of attacks" in capsys.readouterr().out
     killed = columns(run)
     shutil.rmtree(run / "results")
     assert run_stage("evaluate", [str(run), *slow]) == 0
@@ -202,12 +211,12 @@ def test_a_kill_costs_one_batch_at_the_most(run: Path, capsys: pytest.CaptureFix
 
 
 def test_parts_of_other_settings_are_not_mixed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluate(run, "--share", "0/3") == 0
-    assert evaluate(run, "evaluation.seed=1", "--share", "1/3") == 0
+    assert evaluate(run, "--share", "1/4") == 0
+    assert evaluate(run, "evaluation.seed=1", "--share", "2/4") == 0
     capsys.readouterr()
     assert evaluate(run, "evaluation.seed=1") == 0
     said = capsys.readouterr().out
-    assert "2 of 3 batches" in said
+    assert "to do: 1 of alarms, 2 of attacks" in said
     assert "batch 0: made with other weights, settings or images; doing it again" in said
     before = (run / "results/baseline.h5").stat().st_mtime_ns
     assert evaluate(run, "evaluation.seed=1", "evaluation.workers=2") == 0  # which changes nothing
@@ -219,12 +228,17 @@ def test_parts_of_other_settings_are_not_mixed(run: Path, capsys: pytest.Capture
 
 
 def test_a_dry_run_starts_and_writes_nothing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluate(run, "--share", "0/3") == 0
+    assert evaluate(run, "--share", "1/4") == 0
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     capsys.readouterr()
     assert evaluate(run, "--dry-run", "evaluation.autoattack=none") == 0
     said = capsys.readouterr().out
-    for part in ("24 in 3 batches of at most 10", "FGSM, pgd-4, pgd-4-margin", "1 units are there, 2 to do", "a batch"):
+    for part in (
+        "24 in 3 batches of at most 10",
+        "FGSM, pgd-4, pgd-4-margin",
+        "1 units are there, 3 to do",
+        "of alarms: not known",
+    ):
         assert part in said
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
@@ -232,51 +246,63 @@ def test_a_dry_run_starts_and_writes_nothing(run: Path, capsys: pytest.CaptureFi
 class Odd(nn.Module):
     """A model for the tests below: its answers are not finite, or it fails."""
 
-    def __init__(self, num_classes: int, fault: str) -> None:
+    def __init__(self, num_classes: int, fault: str, limit: float) -> None:
         super().__init__()
         self.head = nn.Linear(64, num_classes)
-        self.fault = fault
+        self.fault, self.limit = fault, limit
 
     def forward(self, x: Tensor) -> Tensor:
         logits = self.head(x.flatten(1))
-        if self.fault == "raises":
+        if self.fault == "raises" and len(x) > 1:
             raise RuntimeError("no answer today")
-        return logits * float(self.fault)
+        dark = x.flatten(1).mean(1, keepdim=True) < self.limit
+        return torch.where(dark, logits * float("nan"), logits) if self.fault == "nan" else logits
 
 
-def odd(num_classes: int, fault: str) -> nn.Module:
-    return Odd(num_classes, fault)
+def odd(num_classes: int, fault: str, limit: float) -> nn.Module:
+    return Odd(num_classes, fault, limit)
 
 
 def odd_run(tmp_path: Path, make_config: MakeConfig, fault: str, monkeypatch: pytest.MonkeyPatch) -> Path:
-    torch.save(Odd(10, "1").state_dict(), tmp_path / "odd.pt")
+    torch.manual_seed(0)
+    torch.save(Odd(10, "none", 0.5).state_dict(), tmp_path / "odd.pt")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
-    model = {"name": "test_evaluate:odd", "options": {"fault": fault}, "weights": str(tmp_path / "odd.pt")}
+    options = {"fault": fault, "limit": 0.29}
+    model = {"name": "test_evaluate:odd", "options": options, "weights": str(tmp_path / "odd.pt")}
     return make_config(tmp_path, model=model, baseline=None)
 
 
-def test_a_model_that_answers_nan_is_right_nowhere(
+def test_an_image_answered_with_nan_is_right_nowhere(
     tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = odd_run(tmp_path, make_config, "nan", monkeypatch)
     settings = ["evaluation.explained=0", "evaluation.autoattack=fast", "evaluation.curve=[0.1]"]
     assert run_stage("evaluate", [str(config), *settings]) == 0
-    said = result(tmp_path / "run")
-    assert {name: row["right"] for name, row in said["attacks"].items()} == dict.fromkeys(
-        ("clean", "fgsm", "pgd-4", "pgd-4-margin", "autoattack-fast"), 0
-    )
-    assert said["worst"]["right"] == 0 and said["curve"]["right"] == [0, 0]
+    found = read_outcomes(tmp_path / "run/results/baseline.h5")
+    test = images_of(load_config(config))
+    dark = torch.from_numpy(test.images(found.image_id)).flatten(1).mean(1).numpy() < 0.29
+    assert 0 < dark.sum() < 24
+    assert not any((right & dark).any() for right in found.right.values())
+    assert (found.falls_at[dark] == 0).all()
+
+
+def test_a_model_that_answers_nan_at_once_is_refused(
+    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = odd_run(tmp_path, make_config, "nan", monkeypatch)
+    assert run_stage("evaluate", [str(config), "model.options.limit=2", "evaluation.explained=0"]) == 2
+    assert "gives NaN or infinite logits" in capsys.readouterr().err
 
 
 def test_equal_failures_end_it_with_one_line(
     tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = odd_run(tmp_path, make_config, "raises", monkeypatch)
-    assert run_stage("evaluate", [str(config), "evaluation.batch_size=1"]) == 1
+    assert run_stage("evaluate", [str(config), "evaluation.batch_size=2"]) == 1
     said = [line for line in capsys.readouterr().out.splitlines() if "FAILED in" in line]
     assert len(said) == 1 and "RuntimeError: no answer today" in said[0]
     failures = int(said[0].split("FAILED in ")[1].split()[0])
-    assert 3 <= failures < 25
+    assert 3 <= failures < 14
     assert 'raise RuntimeError("no answer today")' in (tmp_path / "run/logs/evaluate_baseline.log").read_text()
     assert not (tmp_path / "run/results/baseline.json").exists()
 

@@ -42,11 +42,12 @@ from torch import Tensor, nn
 from hpcguard.attacks.autoattack import attacks_of
 from hpcguard.config import DataConfig, EvaluationConfig, ModelConfig
 from hpcguard.data import ImageSet, load_images
-from hpcguard.measure import cut, survives_autoattack
+from hpcguard.evaluation.attacks import survives_autoattack
+from hpcguard.evaluation.subject import cut
 from hpcguard.metrics.robustness import Pgd, is_right, survives_pgd
 from hpcguard.models import Normalized, load_model
 from hpcguard.runs import publish
-from hpcguard.store import Outcomes, join_outcomes, read_outcomes, write_outcomes
+from hpcguard.store import ImageTable, join_tables, read_table, write_table
 
 PARTS = ("overhead", "resume", "parity")
 GOALS = {"attack_overhead": 1.05, "resume_waste": 1.0, "resume_waste_a_worker_2": 1.0, "parity": 0.01}  # at most
@@ -118,11 +119,11 @@ def ours(config: EvaluationConfig, model: nn.Module, test: ImageSet, ids: Any) -
             right = {"autoattack": survives_autoattack(config, model, x, y, clean).numpy()}
             paths.append(Path(folder) / f"{number}.h5")
             with publish(paths[-1]) as temporary:
-                write_outcomes(temporary, Outcomes(own, labels, right, right["autoattack"] * 0.0, "bench"))
-        joined = join_outcomes([read_outcomes(path) for path in paths])
+                write_table(temporary, ImageTable(own, {"label": labels, **right}, "bench"))
+        joined = join_tables([read_table(path) for path in paths])
         with publish(Path(folder) / "all.h5") as temporary:
-            write_outcomes(temporary, joined)
-        return torch.from_numpy(joined.right["autoattack"])
+            write_table(temporary, joined)
+        return torch.from_numpy(joined.columns["autoattack"])
 
 
 def library(config: EvaluationConfig, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -191,6 +192,9 @@ def waste(workers: int) -> float:
         values = {"data": {"name": "digits", "size": 8}, "model": model}
         (folder / "config.yaml").write_text(yaml.safe_dump(values))
         start = partial(_start, folder, workers)
+        for run in ("whole", "killed"):  # the alarms first, and uncounted: they are no batch
+            assert start(run, "--share", "0/1000").wait() == 0
+            (folder / f"{run}.count").unlink()
         assert start("whole").wait() == 0
         parts = -(-json.loads((folder / "whole/results/baseline.json").read_text())["images"] // 32)
         needed, kills_at = (folder / "whole.count").stat().st_size, 4.5
@@ -200,18 +204,18 @@ def waste(workers: int) -> float:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         time.sleep(1)  # orphaned workers notice within half a second
-        kept = len(list((folder / "killed/results/parts/baseline").glob("0*.h5")))
+        kept = len(list((folder / "killed/results/parts/baseline/attacks").glob("0*.h5")))
         assert start("killed").wait() == 0
         made = count.stat().st_size
         print(f"  {workers} worker(s): {kept} of {parts} batches kept, {made} passes made, {needed} needed")
         return (made - needed) / (needed / parts)
 
 
-def _start(folder: Path, workers: int, run: str) -> subprocess.Popen[bytes]:
+def _start(folder: Path, workers: int, run: str, *more: str) -> subprocess.Popen[bytes]:
     paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, COUNT: str(folder / f"{run}.count"), "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", "hpcguard.evaluate", str(folder / "config.yaml"), f"run={folder / run}"]
-    command += [*SETTINGS, "evaluation.batch_size=32", f"evaluation.workers={workers}"]
+    command += [*SETTINGS, "evaluation.batch_size=32", f"evaluation.workers={workers}", *more]
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
 
 

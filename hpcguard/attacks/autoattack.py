@@ -16,6 +16,7 @@ LISTS: dict[str, list[str]] = {
     "untargeted": ["apgd-ce", "fab", "square"],
 }
 NEEDS = {"apgd-t": 4, "apgd-dlr": 3}  # classes, for the DLR losses
+QUERIES = 5000  # of Square, as published
 SLACK = 1e-5  # relative, of a distance in float32
 
 
@@ -42,13 +43,14 @@ def name_of(version: str | Sequence[str]) -> str:
 
 def autoattack(
     model: nn.Module, x: Tensor, y: Tensor, eps: float, version: str | Sequence[str], seed: int, batch_size: int,
-    norm: Norm = "linf",
+    norm: Norm = "linf", queries: int = QUERIES,
 ) -> Tensor:  # fmt: skip
     """Which images stay right under AutoAttack in the ball, bool [B]; `model` gives logits for x in [0, 1].
 
     version: one of LISTS (standard is what is published; rand is for randomised models), or a list of attacks, each as
-    in the standard version. An image whose ball holds a point with a NaN or infinite logit, as far as an attack comes
-    upon it, is not right: the library's own bookkeeping takes a NaN for the largest logit.
+    in the standard version. queries: of Square, an image. An image whose ball holds a point with a NaN or infinite
+    logit, as far as an attack comes upon it, is not right: the library's own bookkeeping takes a NaN for the largest
+    logit.
     Raises InputError for a version that needs more classes.
     """
     import pyautoattack  # brings a second of imports that only evaluation needs
@@ -65,6 +67,7 @@ def autoattack(
         targeted.n_target_classes = min(9, classes - 1)
     if not as_it_is:  # as in the standard version
         attacker.apgd.n_restarts = attacker.fab.n_restarts = 1
+    attacker.square.n_queries = queries
     _, predicted = attacker.run_standard_evaluation(x, y, batch_size=batch_size)
     return (predicted == y) & ~watched.broken
 

@@ -17,7 +17,7 @@ SEVERITIES = (1, 2, 3, 4, 5)
 
 
 class CorruptionsConfig(Section):
-    PLACE = frozenset({"folder"})  # results carry the files' digest
+    PLACE = frozenset({"folder", "reference"})  # results carry the files' digest; the mCE is the report's
 
     images: int | None = Field(0, ge=0)
     """So many of the evaluated test images, the first ones, with every corruption and severity; null: all; 0: do not

@@ -5,9 +5,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from hpcguard.config.alarms import AlarmConfig
+from hpcguard.config.bound import BoundConfig
+from hpcguard.config.corruptions import CorruptionsConfig
+from hpcguard.config.explanations import ExplanationsConfig, VulnerabilityConfig
 from hpcguard.config.section import Radius, Section
+from hpcguard.config.spurious import SpuriousConfig
 
 VERSIONS = ("standard", "rand", "fast", "untargeted", "none")
+PARTS = ("alarms", "corruptions", "spurious", "explanations", "vulnerability", "bound")
 ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 
 
@@ -58,6 +64,18 @@ class EvaluationConfig(Section):
     """Torch threads of each worker process."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the attacks; PGD's random starts are keyed by (seed, image id)."""
+    alarms: AlarmConfig = AlarmConfig()
+    """Signs that attacks failed rather than that the model is robust; measured with every model."""
+    corruptions: CorruptionsConfig = CorruptionsConfig()
+    """Accuracy on corrupted images."""
+    spurious: SpuriousConfig = SpuriousConfig()
+    """Which segments of test images count as flagged in what follows, for every model alike."""
+    explanations: ExplanationsConfig = ExplanationsConfig()
+    """Quality of explanations; flagged are the segments that the baseline's explanations flag."""
+    vulnerability: VulnerabilityConfig = VulnerabilityConfig()
+    """Whether flagged segments, by the model's own explanations, are where it is vulnerable."""
+    bound: BoundConfig = BoundConfig()
+    """Lower bounds of the smallest distortion that changes an answer."""
 
     @field_validator("eps")
     @classmethod
@@ -73,6 +91,17 @@ class EvaluationConfig(Section):
     @classmethod
     def _losses_differ(cls, values: list[str]) -> list[str]:
         return list(dict.fromkeys(values))
+
+    @field_validator("spurious")
+    @classmethod
+    def _masks_are_of_training_images(cls, value: SpuriousConfig) -> SpuriousConfig:
+        if "outside" in value.criteria:
+            raise ValueError("criteria = outside: its masks are of training images, and test images have none")
+        return value
+
+    def identity(self) -> dict[str, Any]:
+        parts = {name: getattr(self, name).identity() for name in PARTS}
+        return {**super().identity(), **parts}
 
 
 def _within(value: float, info: ValidationInfo) -> float:

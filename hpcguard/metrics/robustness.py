@@ -33,9 +33,14 @@ def survives(
     """Which of the images that are still `right` stay right when attacked, bool [B]; only those are attacked."""
     left = right.nonzero()[:, 0]
     outcome = torch.zeros_like(right)
-    for part in left.split(batch_size):
+    for part in _batches(left, batch_size):
         outcome[part] = is_right(model, attack(x[part], y[part]), y[part], batch_size)
     return outcome
+
+
+def _batches(rows: Tensor, size: int) -> Sequence[Tensor]:
+    """None of no rows: torch splits these into one empty part, which not every model takes."""
+    return rows.split(size) if len(rows) else []
 
 
 def survives_fgsm(
@@ -65,7 +70,7 @@ def survives_pgd(
     for restart in range(how.restarts):
         left = right.nonzero()[:, 0]
         outcome = torch.zeros_like(right)
-        for part in left.split(batch_size):
+        for part in _batches(left, batch_size):
             images, labels = x[part], y[part]
             noise = start_noise(ids[part.cpu().numpy()], images.shape[1:], how, restart).to(x.device)
             start = random_start(images, noise, eps, how.norm)

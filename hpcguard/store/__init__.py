@@ -4,8 +4,9 @@ from hpcguard.store.blocks import BlockShuffled
 from hpcguard.store.contents import describe, rows_of, stored_problem
 from hpcguard.store.dataset import AttributionDataset
 from hpcguard.store.export import write_npz, write_plain
+from hpcguard.store.image_table import ImageTable, join_tables, read_table, table_problem, write_table
 from hpcguard.store.journal import Journal, Unit, read_journal
-from hpcguard.store.outcomes import Outcomes, join_outcomes, outcomes_problem, read_outcomes, write_outcomes
+from hpcguard.store.outcomes import Outcomes, outcomes_of, read_outcomes
 from hpcguard.store.pack import generation, group_shards, pack_shards
 from hpcguard.store.reading import StoreReader
 from hpcguard.store.schema import SCHEMA_VERSION, attributes, rows_from
@@ -16,6 +17,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "AttributionDataset",
     "BlockShuffled",
+    "ImageTable",
     "Journal",
     "Outcomes",
     "ShardWriter",
@@ -26,24 +28,26 @@ __all__ = [
     "describe",
     "generation",
     "group_shards",
-    "join_outcomes",
+    "join_tables",
     "open_rows",
-    "outcomes_problem",
+    "outcomes_of",
     "pack_shards",
     "read_journal",
     "read_manifest",
     "read_outcomes",
     "read_store_manifest",
+    "read_table",
     "rows_from",
     "rows_of",
     "shard_problem",
     "store_shapes",
     "stored_problem",
+    "table_problem",
     "unit_problem",
     "view_problem",
     "write_npz",
-    "write_outcomes",
     "write_plain",
     "write_rows",
+    "write_table",
     "write_view",
 ]

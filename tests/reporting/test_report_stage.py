@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
     test = load_images(DataConfig(name="digits", size=16), "test")
     for name in ("baseline", "pgd", "guided"):
         write(run / "results" / f"{name}.json", json.dumps(result(name)))
-        write_rows(run / "results" / f"{name}_explanations.h5", explanations(test.ids[:2], test.labels[:2]), "made up")
+        write_rows(run / "results" / f"{name}.explanations.h5", explanations(test.ids[:2], test.labels[:2]), "made up")
     for name in ("pgd", "guided"):
         write(run / "checkpoints" / name / "training.json", json.dumps(training(name, name == "guided")))
         write(run / "checkpoints" / name / "log.jsonl", "".join(json.dumps(epoch(k)) + "\n" for k in (1, 2)))
@@ -180,18 +180,18 @@ def test_mismatching_settings(folder: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_damaged_explanations(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = folder / "results" / "pgd_explanations.h5"
+    path = folder / "results" / "pgd.explanations.h5"
     with h5py.File(path, "a") as file:
         file["segments"][0, 0, 0] = 2
     assert "segments has labels past num_segments" in refused(folder, capsys)
     path.write_bytes(path.read_bytes()[:300])
-    assert "pgd_explanations.h5" in refused(folder, capsys)
+    assert "pgd.explanations.h5" in refused(folder, capsys)
     path.unlink()
-    assert "pgd_explanations.h5: not there" in refused(folder, capsys)
+    assert "pgd.explanations.h5: not there" in refused(folder, capsys)
 
 
 def test_explanations_of_other_images(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with h5py.File(folder / "results" / "guided_explanations.h5", "a") as file:
+    with h5py.File(folder / "results" / "guided.explanations.h5", "a") as file:
         file["image_id"][:] = file["image_id"][:] + 1
     assert "arm guided are of other images" in refused(folder, capsys)
 
@@ -231,7 +231,7 @@ def test_a_second_report_removes_pictures_of_the_first(folder: Path) -> None:
 
 def test_an_unexplained_run(folder: Path) -> None:
     for name in ("baseline", "pgd", "guided"):
-        (folder / "results" / f"{name}_explanations.h5").unlink()
+        (folder / "results" / f"{name}.explanations.h5").unlink()
         changed = result(name, explained=0)
         write(folder / "results" / f"{name}.json", json.dumps({**changed, "explanation_jaccard5": None}))
     assert run_stage("report", [str(folder)]) == 0

@@ -28,8 +28,8 @@ def softmax_outputs(model: nn.Module, x: Tensor, batch_size: int) -> Alarm:
 
 def randomness(model: nn.Module, x: Tensor, batch_size: int) -> Alarm:
     """Two passes over the same images that differ; the second goes backwards in other batches."""
-    first = _outputs(model, x, batch_size)
-    second = _outputs(model, x.flip(0), max(1, min(batch_size, len(x)) * 2 // 3)).flip(0)
+    first = _outputs(model, x, batch_size).nan_to_num()  # NaN twice is no randomness
+    second = _outputs(model, x.flip(0), max(1, min(batch_size, len(x)) * 2 // 3)).flip(0).nan_to_num()
     change = float((first - second).abs().max() / first.abs().max().clamp_min(1e-300))
     return Alarm(
         "randomness",
@@ -64,7 +64,7 @@ def zero_gradients(trial: Trial) -> Alarm:
     """The share of right images whose input gradient, of the cross-entropy or the margin, is zero or not finite."""
     chosen = trial.right.nonzero()[:, 0]
     blind = {loss: torch.zeros(len(chosen), dtype=torch.bool, device=trial.x.device) for loss in LOSSES}
-    for place in torch.arange(len(chosen)).split(trial.batch_size):
+    for place in torch.arange(len(chosen)).split(trial.batch_size) if len(chosen) else ():
         part = chosen[place.to(chosen.device)]
         for loss in LOSSES:
             x = trial.x[part].clone().requires_grad_()

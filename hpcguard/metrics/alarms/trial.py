@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hpcguard.attacks import pgd, random_start
+from hpcguard.attacks import margin_loss, pgd, random_start
 from hpcguard.metrics.robustness import survives
 
 Norm = Literal["linf", "l2"]
@@ -58,4 +58,4 @@ def ascended(loss: LossName, y: Tensor) -> Callable[[Tensor], Tensor]:
     """The loss that an attack on labels y [B] ascends: logits [B, K] to a sum over the batch."""
     if loss == "ce":
         return lambda logits: functional.cross_entropy(logits.float(), y, reduction="sum")
-    return lambda logits: (logits.scatter(1, y[:, None], -torch.inf).amax(1) - logits.gather(1, y[:, None])[:, 0]).sum()
+    return margin_loss(y)

@@ -53,7 +53,7 @@ def trace(model: nn.Module, shape: torch.Size) -> list[Step]:
     return steps
 
 
-REMEDY = "certified bounds need a plain feed-forward net; use the estimated and measured grades alone"
+REMEDY = "certified bounds need a plain feed-forward net; set evaluation.bound.certified to false for the other grades"
 
 
 @torch.no_grad()
