@@ -8,6 +8,7 @@ numbers as a CSV. Arms that were measured with different settings are refused, n
 import argparse
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,18 @@ from hpcguard.reporting.arms import (
     radius,
 )
 from hpcguard.reporting.html import render_page
+from hpcguard.reporting.measures import (
+    alarm_table,
+    bound_table,
+    claim_picture,
+    claim_table,
+    corruption_picture,
+    corruption_rows,
+    corruption_summary,
+    curve_picture,
+    paired_table,
+    quality_table,
+)
 from hpcguard.reporting.pictures import (
     Picture,
     accuracy_picture,
@@ -49,8 +62,8 @@ from hpcguard.reporting.tables import (
     to_text,
     training_table,
 )
-from hpcguard.runs import LoopFolder, RunFolder, differences, publish, read_json
-from hpcguard.store import open_rows
+from hpcguard.runs import LoopFolder, RunFolder, differences, digest_file, publish, read_json
+from hpcguard.store import open_rows, read_table
 from hpcguard.store.schema import rows_problem
 
 EXAMPLE = (
@@ -58,7 +71,15 @@ EXAMPLE = (
     "python -m hpcguard.report configs/quickstart.yaml",
 )
 SECTIONS = ("data", "evaluation", "controls")
-OWN = ("accuracy", "training", "rounds", "explanation_")  # how the pictures' names begin
+OWN = (
+    "accuracy",
+    "curve",
+    "corruptions",
+    "vulnerability",
+    "training",
+    "rounds",
+    "explanation_",
+)  # how the pictures' names begin
 EVALUATE = "run `python -m hpcguard.evaluate` again"
 
 
@@ -110,7 +131,23 @@ def _read_arm(config: Config, folder: RunFolder, name: str) -> Arm:
         log = _read_log(folder.training_log(name))
     if result["identity"]["evaluation"].get("explained"):
         rows = _read_explanations(folder.explanations(name))
-    return Arm(name, result, training, log, rows)
+    tables = _read_tables(folder, name, result)
+    outcomes = {key.removeprefix("right/"): each for key, each in tables.pop("attacks", {}).items() if "/" in key}
+    return Arm(name, result, training, log, rows, outcomes, tables)
+
+
+def _read_tables(folder: RunFolder, name: str, result: Mapping[str, Any]) -> dict[str, Mapping[str, np.ndarray]]:
+    """Figures image by image of each kind that the result names, columns by name; those that are still there."""
+    named = {"attacks": result.get("outcomes_sha256"), **result.get("tables_sha256", {})}
+    found: dict[str, Mapping[str, np.ndarray]] = {}
+    for kind, digest in named.items():
+        path = folder.figures(name, kind)
+        if digest is None or not path.exists():
+            continue
+        if digest_file(path) != digest:
+            raise InputError(f"{path}: not what {folder.result(name)} was made of; delete it and {EVALUATE}")
+        found[kind] = read_table(path).columns
+    return found
 
 
 def _read_explanations(path: Path) -> dict[str, np.ndarray]:
@@ -167,6 +204,7 @@ def _page(
     """What the template needs, and all pictures in it."""
     accuracy, curves, explained = accuracy_picture(arms), training_picture(arms), _explanations(config, arms)
     by_round = rounds_picture(rounds) if rounds else None
+    by_radius, corrupted, claim = curve_picture(arms), corruption_picture(arms), claim_picture(arms)
     values = {
         "title": config.run.resolve().name,
         "subject": _subject(config, arms),
@@ -174,7 +212,18 @@ def _page(
         "cautions": warnings,
         "results": result_table(arms),
         "accuracy": accuracy,
-        "eps": radius(arms[0].evaluation["eps"]),
+        "eps": radius(arms[0].evaluation),
+        "norm": "L2" if arms[0].evaluation.get("norm") == "l2" else "L∞",
+        "paired": paired_table(arms),
+        "alarms": alarm_table(arms),
+        "by_radius": by_radius,
+        "corruptions": corruption_summary(arms),
+        "corrupted": corrupted,
+        "each_corruption": corruption_rows(arms),
+        "quality": quality_table(arms),
+        "claim": claim,
+        "claims": claim_table(arms),
+        "bound": bound_table(arms),
         "explanations": explained,
         "stability": stability_table(arms),
         "training": training_table(arms),
@@ -188,13 +237,13 @@ def _page(
         "hardware": hardware_table(arms),
         "settings": yaml.safe_dump(_without_machine_paths(config.model_dump(mode="json")), sort_keys=False),
     }
-    return values, [accuracy, *filter(None, [curves, by_round]), *explained]
+    return values, [accuracy, *filter(None, [by_radius, corrupted, claim, curves, by_round]), *explained]
 
 
 def _subject(config: Config, arms: list[Arm]) -> str:
-    result, eps = arms[0].result, arms[0].evaluation["eps"]
+    result, eps = arms[0].result, radius(arms[0].evaluation)
     model = result["identity"].get("model", {}).get("name", config.model.name)
-    return f"{model} on {config.data.name}, {result['images']} test images, eps {radius(eps)}"
+    return f"{model} on {config.data.name}, {result['images']} test images, eps {eps}"
 
 
 def _explanations(config: Config, arms: list[Arm]) -> list[Picture]:

@@ -9,8 +9,12 @@ import pytest
 import torch
 import yaml
 from slurm_cluster import slurm  # noqa: F401  # a fixture
+from torch.nn import functional
 
 from hpcguard.cli import run_stage
+from hpcguard.config import DataConfig
+from hpcguard.data import load_images
+from hpcguard.models.small_cnn import SmallCNN
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -68,6 +72,34 @@ def attributed(tmp_path_factory: pytest.TempPathFactory, make_config: Callable[.
     assert run_stage("attribute", [config]) == 0
     assert run_stage("consolidate", [config]) == 0
     return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def digit_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a small network that tells handwritten digits apart."""
+    torch.manual_seed(0)
+    train = load_images(DataConfig(name="digits", size=8), "train")
+    net = SmallCNN(10, 1, width=4)
+    optimizer = torch.optim.Adam(net.parameters(), 0.01)
+    x, y = torch.from_numpy(train.images(train.ids)), torch.from_numpy(train.labels)
+    for _ in range(8):
+        for part in torch.randperm(len(x)).split(64):
+            optimizer.zero_grad()
+            functional.cross_entropy(net(x[part]), y[part]).backward()
+            optimizer.step()
+    path = tmp_path_factory.mktemp("weights") / "digits.pt"
+    torch.save(net.state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def run(tmp_path: Path, make_config: Callable[..., Path], digit_weights: Path) -> Path:
+    """A run folder of a model that was trained elsewhere, and nothing more."""
+    folder = tmp_path / "run"
+    folder.mkdir(mode=0o700)
+    model = {"weights": str(digit_weights)}
+    make_config(tmp_path, baseline=None, controls={}, model=model).rename(folder / "config.yaml")
+    return folder
 
 
 @pytest.fixture

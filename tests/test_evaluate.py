@@ -24,7 +24,6 @@ from hpcguard.config import DataConfig, EvaluationConfig, load_config
 from hpcguard.data import load_images
 from hpcguard.evaluation.units import test_images as images_of
 from hpcguard.models import load_model
-from hpcguard.models.small_cnn import SmallCNN
 from hpcguard.store import read_outcomes
 
 MakeConfig = Callable[..., Path]
@@ -36,34 +35,6 @@ SMALL = [
     "evaluation.images=24",
     "evaluation.eps=0.1",
 ]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a small network that tells handwritten digits apart."""
-    torch.manual_seed(0)
-    train = load_images(DataConfig(name="digits", size=8), "train")
-    net = SmallCNN(10, 1, width=4)
-    optimizer = torch.optim.Adam(net.parameters(), 0.01)
-    x, y = torch.from_numpy(train.images(train.ids)), torch.from_numpy(train.labels)
-    for _ in range(8):
-        for part in torch.randperm(len(x)).split(64):
-            optimizer.zero_grad()
-            functional.cross_entropy(net(x[part]), y[part]).backward()
-            optimizer.step()
-    path = tmp_path_factory.mktemp("weights") / "digits.pt"
-    torch.save(net.state_dict(), path)
-    return path
-
-
-@pytest.fixture
-def run(tmp_path: Path, make_config: MakeConfig, weights: Path) -> Path:
-    """A run folder of a model that was trained elsewhere, and nothing more."""
-    folder = tmp_path / "run"
-    folder.mkdir(mode=0o700)
-    model = {"weights": str(weights)}
-    make_config(tmp_path, baseline=None, controls={}, model=model).rename(folder / "config.yaml")
-    return folder
 
 
 def evaluate(run: Path, *more: str) -> int:

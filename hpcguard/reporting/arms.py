@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from hpcguard.errors import InputError
+from hpcguard.reporting.result_schema import check_sections
 from hpcguard.runs import differences
 
 LOSS_TERMS = ("clean", "adversarial", "masked", "sensitivity")
@@ -22,6 +23,17 @@ class Arm:
     training: dict[str, Any] | None = None
     log: list[dict[str, Any]] = field(default_factory=list)
     explanations: dict[str, np.ndarray] | None = None
+    outcomes: Mapping[str, np.ndarray] = field(default_factory=dict)  # by attack, which images stayed right, bool [N]
+    tables: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)  # of other kinds, columns by name
+
+    @property
+    def trusted(self) -> bool:
+        return not self.red
+
+    @property
+    def red(self) -> list[Mapping[str, Any]]:
+        """Alarms that say its attacks failed."""
+        return [row for row in self.result.get("alarms", []) if row["red"]]
 
     @property
     def attacks(self) -> dict[str, dict[str, Any]]:
@@ -42,12 +54,15 @@ def check_result(values: Mapping[str, Any], name: str, where: str) -> None:
         _expect("clean" in values["attacks"], "attacks has no row clean")
         for attack, row in values["attacks"].items():
             _check_attack(attack, row)
+        if values.get("worst") is not None:
+            _check_attack("worst", values["worst"])
         _number(values["identity"]["evaluation"], "eps")
         _expect(isinstance(values["identity"]["test_sha256"], str), "identity.test_sha256 is no digest")
         _number(values, "images", "seconds")
         _expect(isinstance(values["hardware"], dict), "hardware is no object")
         stability = values["explanation_jaccard5"]
         _expect(stability is None or 0 <= stability <= 1, f"explanation_jaccard5 is {stability!r}")
+        check_sections(values)
 
     _checked(check, where, "delete it and run `python -m hpcguard.evaluate` again")
 
@@ -125,9 +140,10 @@ def attack_title(name: str) -> str:
     return {"fgsm": "FGSM", "pgd": "PGD", "autoattack": "AutoAttack"}.get(family, family) + dash + version
 
 
-def radius(eps: float) -> str:
-    """0.1 as '0.100 (25.5/255)'."""
-    return f"{eps:.3f} ({eps * 255:.3g}/255)"
+def radius(evaluation: Mapping[str, Any]) -> str:
+    """0.1 as '0.100 (25.5/255)', in L2 as '0.1 (L2)'."""
+    eps = evaluation["eps"]
+    return f"{eps:.3g} (L2)" if evaluation.get("norm") == "l2" else f"{eps:.3f} ({eps * 255:.3g}/255)"
 
 
 def role(name: str) -> str:

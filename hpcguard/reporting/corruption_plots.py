@@ -1,12 +1,12 @@
 """Accuracy on corrupted images, as PNG bytes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from hpcguard.reporting.plots import BASELINE, CONTROLS, GUIDED, INK, plain, png, share_axis
+from hpcguard.reporting.plots import INK, named_styles, plain, png, share_axis
 
 
 def corruption_figure(results: Mapping[str, Mapping[str, Any]], source: str) -> bytes:
@@ -19,7 +19,9 @@ def corruption_figure(results: Mapping[str, Mapping[str, Any]], source: str) -> 
     figure = Figure(figsize=(8.4, 6.2), layout="constrained")
     bars, lines = figure.subplots(2, 1, height_ratios=(3, 2))
     width = 0.8 / len(results)
-    for place, ((arm, summary), (colour, marker)) in enumerate(zip(results.items(), _styles(results), strict=True)):
+    for place, ((arm, summary), (colour, marker)) in enumerate(
+        zip(results.items(), named_styles(list(results)), strict=True)
+    ):
         rows = [summary["corruptions"][name] for name in names]
         mean, low, high = np.array([[row[key] for key in ("mean", "low", "high")] for row in rows]).T
         x = np.arange(len(names)) + (place - (len(results) - 1) / 2) * width
@@ -53,10 +55,3 @@ def corruption_table(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str
 
 def _with_interval(value: Mapping[str, float]) -> str:
     return f"{100 * value['mean']:.1f} [{100 * value['low']:.1f}, {100 * value['high']:.1f}]"
-
-
-def _styles(results: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
-    """As arm_styles has it: baseline and guided look alike in every figure."""
-    controls = iter(CONTROLS * len(results))
-    fixed = {"baseline": BASELINE, "guided": GUIDED}
-    return [fixed[arm] if arm in fixed else next(controls) for arm in results]

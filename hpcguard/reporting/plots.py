@@ -51,7 +51,7 @@ def accuracy_figure(arms: Sequence[Arm]) -> bytes:
         )
     axes.set_xticks(range(len(attacks)), [attack_title(name) for name in attacks])
     axes.set_xlim(-0.5, len(attacks) - 0.5)
-    share_axis(axes, f"accuracy, eps {radius(arms[0].evaluation['eps'])}")
+    share_axis(axes, f"accuracy, eps {radius(arms[0].evaluation)}")
     axes.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
     return png(figure)
 
@@ -137,10 +137,14 @@ def explanation_figure(image: np.ndarray, label: str, panels: Sequence[Panel]) -
 
 
 def arm_styles(arms: Sequence[Arm]) -> list[tuple[str, str]]:
+    return named_styles([arm.name for arm in arms])
+
+
+def named_styles(names: Sequence[str]) -> list[tuple[str, str]]:
     """Colour and marker of every arm; baseline and guided have the same ones in every report."""
-    controls = iter(CONTROLS * len(arms))
+    controls = iter(CONTROLS * len(names))
     fixed = {"baseline": BASELINE, "guided": GUIDED}
-    return [fixed[arm.name] if arm.name in fixed else next(controls) for arm in arms]
+    return [fixed[name] if name in fixed else next(controls) for name in names]
 
 
 def _robust_label(arm: Arm) -> str:

@@ -11,8 +11,8 @@ from hpcguard.reporting.tables import percent
 def summarise(arms: Sequence[Arm]) -> list[str]:
     """One plain paragraph, as sentences. A difference is claimed only where the 95% intervals are disjoint."""
     strongest = list(arms[0].attacks)[-1]
-    images, eps = arms[0].result["images"], arms[0].evaluation["eps"]
-    where = f"Under {attack_title(strongest)} at eps {radius(eps)} on {images} test images"
+    images, eps = arms[0].result["images"], radius(arms[0].evaluation)
+    where = f"Under {attack_title(strongest)} at eps {eps} on {images} test images"
     if strongest == "clean":
         where = f"On {images} clean test images"
     guided = next((arm for arm in arms if arm.name == "guided"), None)
@@ -46,7 +46,7 @@ def verdict(row: Mapping[str, Any], other: Mapping[str, Any]) -> str:
 def cautions(arms: Sequence[Arm], store: Mapping[str, Any] | None) -> list[str]:
     """What in these very numbers a reader should be careful about."""
     strongest = list(arms[0].attacks)[-1]
-    found = []
+    found = [f"{arm.name} is not to be trusted: {row['name']}. {row['meaning']}" for arm in arms for row in arm.red]
     if not strongest.startswith("autoattack"):
         found.append("AutoAttack was not run; gradient attacks alone can overstate robustness.")
     elif strongest != "autoattack":

@@ -31,12 +31,14 @@ def duration(seconds: float) -> str:
 
 
 def result_table(arms: Sequence[Arm]) -> Table:
-    """Accuracy of every arm under every attack, and the time that it took to train."""
-    columns = ["arm", *(attack_title(name) for name in arms[0].attacks), "training time"]
+    """Accuracy of every arm under every attack and under all of them, and the time that it took to train."""
+    worst = ["all attacks"] if all(arm.result.get("worst") for arm in arms) else []
+    columns = ["arm", *(attack_title(name) for name in arms[0].attacks), *worst, "training time"]
     rows = [
         [
-            arm.name,
+            arm.name + ("" if arm.trusted else " (not to be trusted)"),
             *(percent(row) for row in arm.attacks.values()),
+            *(percent(arm.result["worst"]) for _ in worst),
             duration(arm.training["seconds"]) if arm.training else MISSING,
         ]
         for arm in arms
