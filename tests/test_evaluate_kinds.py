@@ -1,4 +1,4 @@
-"""python -m hpcguard.evaluate: alarms, corruptions, explanations, the claim and bounds, against the same in one piece."""
+"""python -m hpcguard.evaluate: what is measured beside attacks, against the same in one piece."""
 
 import json
 import os
@@ -67,12 +67,7 @@ def test_batches_find_what_one_piece_finds(measured: Path) -> None:
     _, claim = measure_claim(
         model, x, y, rows, config.evaluation.spurious, config.evaluation.vulnerability, 100, config.evaluation.seed
     )
-    assert (
-        result["vulnerability"]["rows"] == pytest.approx(claim)
-        if not claim
-        else same(result["vulnerability"]["rows"], claim)
-    )
-    assert claim
+    assert claim and same(result["vulnerability"]["rows"], claim)
 
     flagged = flag_segments(rows, config.evaluation.spurious, config.evaluation.seed)[:10]
     targets = true_and_runner_up(model(x), y).numpy()[:10]
@@ -113,7 +108,7 @@ def test_what_is_asked_for_later_costs_no_other_attack(run: Path, capsys: pytest
     before = {path: path.stat().st_mtime_ns for path in (run / "results").rglob("*.h5")}
     notes = {path: path.stat().st_mtime_ns for path in (run / "results/notes").iterdir()}
     first = said(run)
-    assert first["corruptions"] is None and first["trusted"] and len(first["alarms"]) == 11
+    assert first["corruptions"] is None and len(first["alarms"]) == 11
     capsys.readouterr()
     assert run_stage("evaluate", [str(run), *ALL, "evaluation.bound.images=0"]) == 0
     out = capsys.readouterr().out
@@ -164,14 +159,14 @@ def test_a_masked_model_is_not_to_be_trusted(
     [
         ("evaluation.corruptions.names=[rain]", "evaluation.corruptions.names"),
         ("evaluation.corruptions.folder=/nowhere", "/nowhere/labels.npy: no such file"),
-        ("evaluation.spurious.criteria=[outside]", "test images have none"),
+        ("evaluation.spurious.criteria=[outside] evaluation.spurious.foreground=masks.npy", "test images have none"),
         ("evaluation.bound.images=-1", "evaluation.bound.images"),
         ("evaluation.vulnerability.radii=[]", "evaluation.vulnerability.radii"),
         ("evaluation.alarms.images=0", "evaluation.alarms.images"),
     ],
 )
 def test_settings_that_cannot_be(run: Path, setting: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_stage("evaluate", [str(run), *SMALL, "evaluation.corruptions.images=3", setting]) == 2
+    assert run_stage("evaluate", [str(run), *SMALL, "evaluation.corruptions.images=3", *setting.split()]) == 2
     error = capsys.readouterr().err
     assert expected in error and "Traceback" not in error
     assert not (run / "results/baseline.json").exists()
