@@ -243,7 +243,7 @@ def _page(
 def _subject(config: Config, arms: list[Arm]) -> str:
     result, eps = arms[0].result, radius(arms[0].evaluation)
     model = result["identity"].get("model", {}).get("name", config.model.name)
-    return f"{model} on {config.data.name}, {result['images']} test images, eps {eps}"
+    return f"{model} on {config.data.name}, {result['images']} {arms[0].split} images, eps {eps}"
 
 
 def _explanations(config: Config, arms: list[Arm]) -> list[Picture]:
@@ -251,7 +251,7 @@ def _explanations(config: Config, arms: list[Arm]) -> list[Picture]:
     first = arms[0].explanations
     if first is None:
         return []
-    test = load_images(config.data, "test")
+    test = load_images(config.data, config.evaluation.split)
     for arm in arms:
         _check_rows(arm, first, test)
     return explanation_pictures(arms, test.images(first["image_id"]), test.classes)

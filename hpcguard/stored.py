@@ -51,7 +51,7 @@ class Stored:
     @cached_property
     def _images(self) -> ImageSet:
         config = self.config()
-        images = load_images(config.data, "test" if self.of_test_images else "train")
+        images = load_images(config.data, config.evaluation.split if self.of_test_images else "train")
         if images.shape[1:] != self.reader.shapes["segments"][1:]:
             shown, stored = (f"{height}x{width}" for height, width in (images.shape[1:], self._size))
             raise InputError(f"{self.path}: explains images of {stored}, data.size gives {shown}; change data.size")

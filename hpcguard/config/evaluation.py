@@ -33,8 +33,10 @@ def _are_attacks(names: list[Any] | tuple[Any, ...]) -> bool:
 
 class EvaluationConfig(Section):
     PLACE = frozenset({"workers", "threads"})
+    split: Literal["test", "validation"] = "test"
+    """Images that are measured: of the test part, or, to choose settings by, those that data.validation holds out."""
     images: int | None = Field(None, gt=0)
-    """Test images, drawn by data.seed; null: all."""
+    """So many of them, drawn by data.seed; null: all."""
     norm: Literal["linf", "l2"] = "linf"
     """The ball that every attack stays in."""
     eps: Radius = 8 / 255

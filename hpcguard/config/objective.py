@@ -36,6 +36,9 @@ class MaskingConfig(Section):
     """Weight of the loss on images whose flagged segments are hidden; 0: off."""
     loss: Literal["cross-entropy", "consistency"] = "cross-entropy"
     """cross-entropy: the hidden image must have its label; consistency: the answer of the clean image (KL)."""
+    of: Literal["clean", "attacked"] = "clean"
+    """Which image has them hidden: the clean one, or the one that the attack has made, for the price of no attack more.
+    With clean, masking adds a clean loss, which trades robust for clean accuracy."""
     fill: Literal["mean", "segment-mean", "noise", "swap"] = "mean"
     """What flagged segments show: the training set's mean colour, their own mean colour, uniform noise, or what
     another image of the batch has there."""

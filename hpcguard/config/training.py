@@ -98,6 +98,8 @@ class TrainingConfig(Section):
             raise ValueError("no loss is left: set clean_weight, masking.weight, or adversarial_weight with an attack")
         if self.attacked and self.attack.method == "trades" and not self.clean_weight:
             raise ValueError("clean_weight = 0: TRADES alone is best at one answer for all; set clean_weight to 1")
+        if self.masking.weight and self.masking.of == "attacked" and not self.attacked:
+            raise ValueError("masking.of = attacked: nothing is attacked; set adversarial_weight and attack.method")
         if self.engine == "torch" and self.processes > 1:
             raise ValueError(f"processes = {self.processes}: engine torch runs in one process; use engine: deepspeed")
         if sorted(self.milestones) != self.milestones:

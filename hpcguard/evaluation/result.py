@@ -35,7 +35,7 @@ def describe_result(
         "trusted": not any(row["red"] for row in alarms),
         "identity": subject.identity,
         "images": len(outcomes),
-        "split": "test",
+        "split": config.evaluation.split,
         "attacks": {
             name: {**accuracy(right), "seconds": attacks.seconds[name]} for name, right in outcomes.right.items()
         },

@@ -40,13 +40,15 @@ MEASURES: Mapping[Kind, Callable[[Case], Measured]] = {
 
 
 def test_images(config: Config) -> ImageSet:
-    """The test images to be attacked: all, or evaluation.images of them drawn by data.seed."""
-    test = load_images(config.data, "test")
+    """The images to be attacked: all of the split, or evaluation.images of them drawn by data.seed."""
+    test = load_images(config.data, config.evaluation.split)
     wanted = config.evaluation.images
     if wanted is None or wanted == len(test):
         return test
     if wanted > len(test):
-        raise InputError(f"evaluation.images = {wanted}: the test split has {len(test)}; lower it or write null")
+        raise InputError(
+            f"evaluation.images = {wanted}: the {config.evaluation.split} split has {len(test)}; lower it or write null"
+        )
     return test.subset(np.random.default_rng(config.data.seed).choice(test.ids, wanted, replace=False))
 
 

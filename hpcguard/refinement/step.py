@@ -60,7 +60,8 @@ class GuidedStep(nn.Module):
         if weights[1]:
             inputs["adversarial"] = self._attack(x, y, pixels, start, first)
         if weights[2]:
-            inputs["masked"] = hide(x, pixels, self._fill(noise, fill))
+            whole = inputs["adversarial"] if self.config.masking.of == "attacked" else x
+            inputs["masked"] = hide(whole, pixels, self._fill(noise, fill))
         if inputs:
             outputs = self.model(torch.cat(list(inputs.values()))).float().split(len(x))
             terms[:3] = self._losses(dict(zip(inputs, outputs, strict=True)), y, terms)

@@ -27,6 +27,11 @@ class Arm:
     tables: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)  # of other kinds, columns by name
 
     @property
+    def split(self) -> str:
+        """The part of the data that it was measured on."""
+        return str(self.result.get("split", "test"))
+
+    @property
     def trusted(self) -> bool:
         return not self.red
 

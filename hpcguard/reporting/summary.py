@@ -12,9 +12,9 @@ def summarise(arms: Sequence[Arm]) -> list[str]:
     """One plain paragraph, as sentences. A difference is claimed only where the 95% intervals are disjoint."""
     strongest = list(arms[0].attacks)[-1]
     images, eps = arms[0].result["images"], radius(arms[0].evaluation)
-    where = f"Under {attack_title(strongest)} at eps {eps} on {images} test images"
+    where = f"Under {attack_title(strongest)} at eps {eps} on {images} {arms[0].split} images"
     if strongest == "clean":
-        where = f"On {images} clean test images"
+        where = f"On {images} clean {arms[0].split} images"
     guided = next((arm for arm in arms if arm.name == "guided"), None)
     others = [arm for arm in arms if arm is not guided]
     if guided is None:

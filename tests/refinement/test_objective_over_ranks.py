@@ -29,6 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "consistency": {"masking": {"weight": 0.7, "loss": "consistency"}, "sensitivity": {"weight": 0}},
     "segment-mean": {"masking": {"weight": 0.7, "fill": "segment-mean"}, "sensitivity": {"weight": 0}},
     "noise": {"masking": {"weight": 0.7, "fill": "noise"}, "sensitivity": {"weight": 0}},
+    "attacked": {"masking": {"weight": 0.7, "of": "attacked"}, "sensitivity": {"weight": 0}},
     "swap": {"masking": {"weight": 0.7, "fill": "swap"}, "sensitivity": {"weight": 0}},
     "penalty at clean": {"masking": {"weight": 0}, "sensitivity": {"weight": 2, "at": "clean", "every": 2}},
     "all of it": {"clean_weight": 0.3, "masking": {"weight": 0.5}, "sensitivity": {"weight": 2}},
@@ -102,7 +103,8 @@ def loss_by_hand(
         loss = loss + config.adversarial_weight * cross_entropy(model(adversarial), y)
     loss = loss + config.clean_weight * cross_entropy(model(x), y)
     if masking.weight:
-        hidden = x * ~mask + fill(x, segments, noise, masking.fill) * mask
+        whole = adversarial.detach() if masking.of == "attacked" else x
+        hidden = whole * ~mask + fill(x, segments, noise, masking.fill) * mask
         compared = divergence(model(x), model(hidden)) if masking.loss == "consistency" else None
         loss = loss + masking.weight * (cross_entropy(model(hidden), y) if compared is None else compared)
     return loss
