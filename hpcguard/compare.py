@@ -115,8 +115,8 @@ def _write(folder: Path, results: list[Measured], pairs: Pairs, notes: list[str]
     first = results[0]
     parts = [
         f"# {', '.join(one.arm.name for one in results)}",
-        f"{first.arm.attacks['clean']['of']} {first.arm.split} images, eps {radius(first.arm.evaluation)}. Accuracy with "
-        "Wilson's 95% interval.",
+        f"{first.arm.attacks['clean']['of']} {first.arm.split} images, eps {radius(first.arm.evaluation)}. "
+        "Accuracy with Wilson's 95% interval.",
         to_markdown(accuracy_rows(results)).rstrip(),
     ]
     if pairs:

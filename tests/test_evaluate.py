@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,8 @@ import numpy as np
 import pyautoattack
 import pytest
 import torch
+from night import REPOSITORY, environment
+from slurm_cluster import Slurm, slurm  # noqa: F401  # a fixture
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -142,6 +145,19 @@ def test_shares_and_ranks_find_what_one_process_finds(run: Path, capfd: pytest.C
         oversubscribed = {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
         subprocess.run(under, env={**os.environ, **allowed, **oversubscribed}, check=True)
         assert columns(run) == alone
+
+
+def test_an_array_of_jobs_does_it_in_shares(run: Path, slurm: Slurm) -> None:  # noqa: F811
+    shutil.copytree(run, alone := run.parent / "alone", copy_function=shutil.copy)
+    alone.chmod(0o700)
+    assert evaluate(alone, f"run={alone}") == 0
+    wanted = shlex.join([str(REPOSITORY / "slurm" / "evaluate.sh"), str(run), *SMALL])
+    command = f"sbatch --parsable --wait --array=3-4 -o {run.parent}/%a.out {wanted}"
+    slurm.run(command, seconds=120, environment=environment(run.parent) | {"SLURM_CONF": slurm.env["SLURM_CONF"]})
+    said = [(run.parent / f"{task}.out").read_text() for task in (3, 4)]
+    assert columns(run) == columns(alone), said
+    assert sum("right under every attack" in each for each in said) == 1
+    assert not (run / "report").exists()
 
 
 @pytest.mark.parametrize("share", ["3/3", "1", "a/b", "-1/3", "0/0"])
