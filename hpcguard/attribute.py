@@ -25,8 +25,8 @@ from hpcguard.cluster.submission import ATTRIBUTE, parse_name, read_submissions,
 from hpcguard.config import Config
 from hpcguard.data import ImageSet, load_images
 from hpcguard.models import check_answers, check_gradient, load_model
-from hpcguard.models.external import keep_if_ready_made
 from hpcguard.progress import duration, say
+from hpcguard.ready_made import keep_baseline
 from hpcguard.runs import RunFolder, digest_file, exclusive
 from hpcguard.shards import (
     ShardTask,
@@ -78,7 +78,7 @@ def _agreed_plan(config: Config, images: ImageSet, folder: RunFolder) -> Plan:
     """The run's plan, made and published if there is none; the model and one image are tried first."""
     if config.cluster.executor == "local":
         pick_device(config.device)
-    keep_if_ready_made(config, len(images.classes), images.shape[0], folder.weights("baseline"))
+    keep_baseline(config, folder, images)
     weights = folder.explained_weights(config)
     identity = attribution_identity(config, images, digest_file(weights))
     model = load_model(config.model, len(images.classes), images.shape[0], weights)

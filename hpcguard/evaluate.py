@@ -30,8 +30,8 @@ from hpcguard.evaluation.attacks import pgd_names
 from hpcguard.evaluation.result import describe_result
 from hpcguard.evaluation.subject import TABLES, Kind, Plan, Subject, Unit, plan_units
 from hpcguard.evaluation.units import UnitTask, read_note, test_images, unit_problem
-from hpcguard.models.external import keep_if_ready_made
 from hpcguard.progress import duration, progress, say
+from hpcguard.ready_made import keep_baseline
 from hpcguard.runs import RunFolder, digest_file, exclusive, publish, read_json, write_json
 from hpcguard.store import ImageTable, join_tables, read_table, table_problem, write_table
 
@@ -152,9 +152,9 @@ def _subjects(
     config: Config, folder: RunFolder, arms: Sequence[str], test: ImageSet, plan: Plan, dry_run: bool
 ) -> tuple[Subject | None, dict[str, Subject]]:
     """The explained model, if there is one, and those to be measured."""
-    if not dry_run:
-        keep_if_ready_made(config, len(test.classes), test.shape[0], folder.weights("baseline"))
     try:
+        if not dry_run:
+            keep_baseline(config, folder, test)
         weights = {"baseline": folder.explained_weights(config)}
     except InputError:
         if "baseline" in arms:

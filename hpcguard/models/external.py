@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hpcguard.config import Config, ModelConfig
+from hpcguard.config import ModelConfig
 from hpcguard.errors import InputError
 from hpcguard.models.build import build_model
 from hpcguard.models.weights import save_weights
@@ -26,16 +26,8 @@ def keep_ready_made(config: ModelConfig, num_classes: int, channels: int, path: 
         raise InputError(
             f"model.name = {config.name}: gives other weights every time, so they are not trained; set model.weights"
         )
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_weights(model, path, {"model": config.name})
-
-
-def keep_if_ready_made(config: Config, num_classes: int, channels: int, path: Path) -> None:
-    """keep_ready_made where the configuration names a callable and no other origin of weights, and `path` is not there
-    yet."""
-    named = ":" in config.model.name and config.model.weights is None and config.baseline is None
-    if named and not path.exists():
-        keep_ready_made(config.model, num_classes, channels, path)
 
 
 def _same_weights(net: nn.Module, other: nn.Module) -> bool:

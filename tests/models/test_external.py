@@ -116,19 +116,14 @@ def test_what_is_not_ready_made(zoo: str, tmp_path: Path, name: str | None, says
 def test_a_ready_made_model_is_evaluated(
     zoo: str, tmp_path: Path, make_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weights = tmp_path / "kept.safetensors"
-    model = ModelConfig(name=f"{zoo}:trained")
-    keep_ready_made(model, 10, 1, weights)
-    config = make_config(
-        tmp_path, baseline=None, model={"name": model.name, "options": {}, "weights": str(weights)},
-        evaluation={"explained": 0},
-    )  # fmt: skip
+    model = {"name": f"{zoo}:trained", "options": {}}
+    config = make_config(tmp_path, baseline=None, model=model, evaluation={"explained": 0})
     assert run_stage("evaluate", [str(config)]) == 0
     result = json.loads((tmp_path / "run/results/baseline.json").read_text())
     ids = np.random.default_rng(0).choice(load_images(DataConfig(name="digits", size=8), "test").ids, 24, replace=False)
     test = load_images(DataConfig(name="digits", size=8), "test").subset(ids)
     with torch.no_grad():
-        logits = build_model(model, 10, 1)(torch.from_numpy(test.images(test.ids)))
+        logits = build_model(ModelConfig(**model), 10, 1)(torch.from_numpy(test.images(test.ids)))
     assert result["attacks"]["clean"]["right"] == int((logits.argmax(1).numpy() == test.labels).sum())
 
 
