@@ -217,7 +217,7 @@ def _page(
         "paired": paired_table(arms),
         "alarms": alarm_table(arms),
         "by_radius": by_radius,
-        "corruptions": corruption_summary(arms),
+        "corruptions": corruption_summary(arms, config.evaluation.corruptions.reference),
         "corrupted": corrupted,
         "each_corruption": corruption_rows(arms),
         "quality": quality_table(arms),

@@ -75,23 +75,19 @@ def paired_table(arms: Sequence[Arm]) -> Table | None:
     return paired_rows("guided", pairs)
 
 
-def corruption_summary(arms: Sequence[Arm]) -> Table | None:
-    """Accuracy on clean and corrupted images, and errors relative to those of the reference."""
+def corruption_summary(arms: Sequence[Arm], reference: str) -> Table | None:
+    """Accuracy on clean and corrupted images, and errors relative to those of the arm `reference`."""
     found = [arm for arm in arms if arm.result.get("corruptions")]
     if not found:
         return None
-    reference = next((arm for arm in found if arm.name == reference_of(found)), None)
+    other = next((arm for arm in found if arm.name == reference), None)
     rows = []
     for arm in found:
         summary = arm.result["corruptions"]
-        errors = _errors(arm, reference) if reference else {}
+        errors = _errors(arm, other) if other else {}
         relative = [f"{_percent(errors[key])}" if key in errors else MISSING for key in ("mce", "relative_mce")]
         rows.append([arm.name, f"{summary['clean']:.1%}", _percent(summary["mean_accuracy"]), *relative])
     return Table(["arm", "clean", "corrupted, mean", "mCE", "relative mCE"], rows)
-
-
-def reference_of(arms: Sequence[Arm]) -> str:
-    return str(arms[0].result["config"]["evaluation"]["corruptions"]["reference"])
 
 
 def _errors(arm: Arm, reference: Arm) -> dict[str, Any]:
@@ -198,7 +194,7 @@ def bound_table(arms: Sequence[Arm]) -> Table | None:
         bound = arm.result.get("bound") or {}
         scale = 255 if bound.get("norm") == "linf" else 1
         for group in ("all", "flagged", "unflagged"):
-            if group in bound:
+            if bound.get(group):
                 rows.append([arm.name, group, *_bound_cells(bound[group], scale)])
     return Table(columns, rows) if rows else None
 
@@ -217,12 +213,16 @@ def _bound_cells(row: Mapping[str, float], scale: float) -> list[str]:
 def _percent(value: Mapping[str, Any], sign: str = "") -> str:
     if value["mean"] is None:
         return MISSING
-    bounds = "" if value["low"] is None else f" [{100 * value['low']:{sign}.1f}, {100 * value['high']:{sign}.1f}]"
+    bounds = (
+        ""
+        if None in (value["low"], value["high"])
+        else f" [{100 * value['low']:{sign}.1f}, {100 * value['high']:{sign}.1f}]"
+    )
     return f"{100 * value['mean']:{sign}.1f}%{bounds}"
 
 
 def _figure(value: Mapping[str, Any] | None, sign: str = "") -> str:
     if value is None or value["mean"] is None:
         return MISSING
-    bounds = "" if value["low"] is None else f" [{value['low']:{sign}.2f}, {value['high']:{sign}.2f}]"
+    bounds = "" if None in (value["low"], value["high"]) else f" [{value['low']:{sign}.2f}, {value['high']:{sign}.2f}]"
     return f"{value['mean']:{sign}.2f}{bounds}"

@@ -17,6 +17,12 @@ class _Mean(_Part):
     high: float | None
 
 
+class _Known(_Part):
+    mean: float
+    low: float
+    high: float
+
+
 class _Curve(_Part):
     attack: str
     norm: str
@@ -42,7 +48,7 @@ class _Alarm(_Part):
     meaning: str
 
 
-class _Corruption(_Mean):
+class _Corruption(_Known):
     severities: list[Share] = Field(min_length=5, max_length=5)
 
 
@@ -50,7 +56,7 @@ class _Corruptions(_Part):
     name: str
     images: int = Field(gt=0)
     clean: Share
-    mean_accuracy: _Mean
+    mean_accuracy: _Known
     corruptions: dict[str, _Corruption] = Field(min_length=1)
 
 
@@ -58,7 +64,7 @@ class _Success(_Part):
     flagged: Share
     random: Share
     rest: Share
-    difference: _Mean
+    difference: _Known
     p_value: Share
 
 
@@ -79,6 +85,21 @@ class _Vulnerability(_Part):
     rows: list[_Claim]
 
 
+class _Group(_Part):
+    __pydantic_extra__: dict[str, float]
+
+    images: float
+    right: float
+
+
+class _Bound(_Part):
+    norm: str
+    images: int
+    all: _Group | None = None
+    flagged: _Group | None = None
+    unflagged: _Group | None = None
+
+
 class _Sections(_Part):
     trusted: bool = True
     curve: _Curve | None = None
@@ -86,7 +107,7 @@ class _Sections(_Part):
     corruptions: _Corruptions | None = None
     explanations: dict[str, _Mean] | None = None
     vulnerability: _Vulnerability | None = None
-    bound: dict[str, str | int | dict[str, float]] | None = None
+    bound: _Bound | None = None
 
     @model_validator(mode="after")
     def _trusted_if_nothing_is_red(self) -> "_Sections":
