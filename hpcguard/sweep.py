@@ -64,7 +64,7 @@ def run(source: Path, arguments: argparse.Namespace) -> int:
         raise InputError(f"{source}: {error}") from error
     folder, alike = SweepFolder(sweep.run), measured_alike(base)
     todo = jobs_to_do(graph, done_jobs(folder, graph, alike))
-    _say_plan(folder, sweep, graph, todo)
+    _say_plan(folder, graph, todo, base.cluster.slurm.tasks_at_once if on_slurm else sweep.max_jobs)
     if arguments.dry_run:
         if on_slurm:
             _say_arrays(folder, sweep, base, graph, todo)
@@ -189,7 +189,7 @@ class _Progress:
             say(f"    {why}")
 
 
-def _say_plan(folder: SweepFolder, sweep: SweepConfig, graph: Graph, todo: list[str]) -> None:
+def _say_plan(folder: SweepFolder, graph: Graph, todo: list[str], at_once: int) -> None:
     """Cells, distinct jobs by kind, and what is known of their cost."""
     say(f"sweep        {folder.path}{' (exists)' if folder.path.exists() else ''}")
     distinct = Counter(job.kind for job in graph.jobs.values())
@@ -214,7 +214,7 @@ def _say_plan(folder: SweepFolder, sweep: SweepConfig, graph: Graph, todo: list[
         say(f"  {what:<11}{distinct[kind]:>6}, {missing[kind]} to do{cost}")
     if todo:
         lacking = f"; unknown for {', '.join(unknown)}, none of which has been done here" if unknown else ""
-        rest = f"about {duration(total)} of work, {duration(total / sweep.max_jobs)} with {sweep.max_jobs} at once"
+        rest = f"about {duration(total)} of work, {duration(total / at_once)} with {at_once} at once"
         say(f"cost         {rest if total else 'unknown'}{lacking if total else ': no job has been done here yet'}")
 
 

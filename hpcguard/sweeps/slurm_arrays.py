@@ -86,4 +86,3 @@ def lanes(sizes: Sequence[int], at_once: int) -> list[tuple[int, int | None]]:
             shares[place] += more
             spare -= more
     return [(share, None) for share in shares]
-
