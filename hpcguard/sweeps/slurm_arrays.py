@@ -32,9 +32,10 @@ def arrange(
     live: jobs that Slurm has already. largest: tasks of an array at most. at_once: tasks at once, over all arrays.
     """
     groups: dict[tuple[Kind, tuple[str, ...]], list[list[str]]] = {}
-    for jobs in _tasks(graph, todo, live, per_task):
+    not_done = live | set(todo)
+    for jobs in _tasks(graph, todo, not_done, per_task):
         first = graph.jobs[jobs[0]]
-        groups.setdefault((first.kind, _waits_for(first, live | set(todo))), []).append(jobs)
+        groups.setdefault((first.kind, _waits_for(first, not_done)), []).append(jobs)
     parts = [
         (kind, needs, tasks[start : start + largest])
         for (kind, needs), tasks in groups.items()
@@ -44,19 +45,19 @@ def arrange(
     return [TaskArray(kind, tasks, needs, *share) for (kind, needs, tasks), share in zip(parts, shares, strict=True)]
 
 
-def _tasks(graph: Graph, todo: Sequence[str], live: Set[str], per_task: int) -> list[list[str]]:
+def _tasks(graph: Graph, todo: Sequence[str], not_done: Set[str], per_task: int) -> list[list[str]]:
+    place = {name: number for number, name in enumerate(todo)}
     waited_for = {need for name in todo if graph.jobs[name].kind != "evaluate" for need in graph.jobs[name].needs}
     own = {graph.jobs[name].needs[0]: name for name in todo if graph.jobs[name].kind == "evaluate"}
-    own = {trained: evaluate for trained, evaluate in own.items() if trained in set(todo) - waited_for}
+    own = {trained: evaluate for trained, evaluate in own.items() if trained in place and trained not in waited_for}
     alike: dict[tuple[object, ...], list[str]] = {}
     for name in todo:
         job = graph.jobs[name]
         if job.kind == "evaluate" and job.needs[0] in own:
             continue  # it follows its training
         key = ("alone", name) if name in waited_for else pack_key(job, graph.inputs[name])
-        alike.setdefault((key, _waits_for(job, live | set(todo))), []).append(name)
+        alike.setdefault((key, _waits_for(job, not_done)), []).append(name)
     packs = [batch for names in alike.values() for batch in _packed(names, per_task)]
-    place = {name: number for number, name in enumerate(todo)}
     packs.sort(key=lambda batch: place[batch[0]])  # so that groups begin behind those that they need
     return [[*batch, *(own[name] for name in batch if name in own)] for batch in packs]
 
