@@ -27,6 +27,7 @@ from hpcguard.data import ImageSet
 from hpcguard.data.corrupted import open_corruptions
 from hpcguard.errors import InputError
 from hpcguard.evaluation.attacks import pgd_names
+from hpcguard.evaluation.bound import check_bounded
 from hpcguard.evaluation.result import describe_result
 from hpcguard.evaluation.subject import TABLES, Kind, Plan, Subject, Unit, plan_units
 from hpcguard.evaluation.units import UnitTask, read_note, test_images, unit_problem
@@ -62,6 +63,7 @@ class Asked:
 
     subjects: dict[str, Subject]  # those without a result
     baseline: Subject | None  # the model that was explained, if there is one
+    sibling: Subject | None  # a trained arm, for the baseline's alarms
     plan: Plan
     missing: list[Unit]  # of this share, if it is one
 
@@ -104,16 +106,21 @@ def _ask(config: Config, folder: RunFolder, arguments: argparse.Namespace) -> As
     check_classes(config.evaluation.autoattack, len(test.classes))
     arms = _arms(config, folder, arguments.arm)
     plan = plan_units(config, test.ids)
-    baseline, subjects = _subjects(config, folder, arms, test, plan, bool(arguments.dry_run))
+    subjects, baseline, sibling = _subjects(config, folder, arms, test, plan, bool(arguments.dry_run))
+    if "bound" in plan.batches and config.evaluation.bound.certified:
+        for subject in subjects.values():
+            check_bounded(config, test, subject)
     for arm in [arm for arm in arms if _is_done(folder, subjects[arm], plan)]:
         say(f"evaluate: {arm} is measured already: {folder.result(arm)}")
         del subjects[arm]
-    units = [unit for arm in subjects for unit in _left(folder, subjects[arm], plan)][first::step]
+    # A share is cut from all there is to do, done or not: so all shares together leave nothing out.
+    own = set([unit for arm in arms for unit in plan.units(arm)][first::step])
+    units = [unit for arm in subjects for unit in _left(folder, subjects[arm], plan) if unit in own]
     problems = {unit: unit_problem(folder, subjects[unit.arm], unit, plan) for unit in units}
     for unit, problem in problems.items():
         if problem not in (None, "missing"):
             say(f"evaluate: {unit.arm}, {unit.kind}, batch {unit.part}: {problem}; doing it again")
-    return Asked(subjects, baseline, plan, [unit for unit, problem in problems.items() if problem])
+    return Asked(subjects, baseline, sibling, plan, [unit for unit, problem in problems.items() if problem])
 
 
 def _left(folder: RunFolder, subject: Subject, plan: Plan) -> list[Unit]:
@@ -150,29 +157,33 @@ def _arms(config: Config, folder: RunFolder, asked: list[str] | None) -> list[st
 
 def _subjects(
     config: Config, folder: RunFolder, arms: Sequence[str], test: ImageSet, plan: Plan, dry_run: bool
-) -> tuple[Subject | None, dict[str, Subject]]:
-    """The explained model, if there is one, and those to be measured."""
+) -> tuple[dict[str, Subject], Subject | None, Subject | None]:
+    """The models to be measured; the one that was explained, and a sibling of it, as far as there are any."""
+    weights = {arm: folder.weights(arm) for arm in config.arms() if arm in arms or folder.weights(arm).exists()}
     try:
-        if not dry_run:
-            keep_baseline(config, folder, test)
-        weights = {"baseline": folder.explained_weights(config)}
+        keep_baseline(config, folder, test, dry_run)
+        weights["baseline"] = folder.explained_weights(config)
     except InputError:
         if "baseline" in arms:
-            raise
-        weights = {}  # arms alone can be measured
-    weights |= {arm: folder.weights(arm) for arm in arms if arm != "baseline"}
+            raise  # arms alone can be measured
+    digests = {arm: digest_file(path) for arm, path in weights.items()}
+    first = next((arm for arm in digests if arm != "baseline"), "")
+    siblings = {**dict.fromkeys(digests, "baseline"), "baseline": first}
     shared: dict[str, Any] = {
         "model": config.model.identity(),
         "evaluation": config.evaluation.identity(),
         "attribution": config.attribution.identity(),
         "test_sha256": test.digest(),
         "corrupted": _corrupted(config, test, plan),
-        "baseline_sha256": digest_file(weights["baseline"]) if "baseline" in weights else None,
+        "baseline_sha256": digests.get("baseline"),
     }
-    subjects = {
-        arm: Subject(arm, path, {"weights_sha256": digest_file(path), **shared}) for arm, path in weights.items()
-    }
-    return subjects.get("baseline"), {arm: subjects[arm] for arm in arms}
+    known = {
+        arm: Subject(arm, weights[arm], {
+            "weights_sha256": digests[arm], "sibling_sha256": digests.get(siblings[arm]), **shared,
+        })
+        for arm in digests
+    }  # fmt: skip
+    return {arm: known[arm] for arm in arms}, known.get("baseline"), known.get(first)
 
 
 def _corrupted(config: Config, test: ImageSet, plan: Plan) -> dict[str, str] | None:
@@ -189,7 +200,8 @@ def _is_done(folder: RunFolder, subject: Subject, plan: Plan) -> bool:
     recorded = read_json(path, f"delete {path} to measure it again")
     if recorded.get("identity") != subject.identity:
         return False
-    named = {"attacks": recorded.get("outcomes_sha256"), **recorded.get("tables_sha256", {})}
+    others = recorded.get("tables_sha256")
+    named = {"attacks": recorded.get("outcomes_sha256"), **(others if isinstance(others, dict) else {})}
     tables = {kind: folder.figures(subject.arm, kind) for kind in TABLES if kind in plan.batches}
     whole = all(table.is_file() and named.get(kind) == digest_file(table) for kind, table in tables.items())
     return whole and ("explanations" not in plan.batches or folder.explanations(subject.arm).exists())
@@ -211,7 +223,7 @@ def _measure(config: Config, asked: Asked, own: Sequence[Unit], rank: int) -> di
             return any(signatures.count(each) >= config.cluster.equal_errors for each in set(signatures))
 
         run_local(
-            UnitTask(config, asked.subjects, asked.baseline, rank), own, wanted.workers, wanted.threads,
+            UnitTask(config, asked.subjects, asked.baseline, asked.sibling, rank), own, wanted.workers, wanted.threads,
             config.cluster.attempts,
             Events(
                 progress=lambda unit, amount: None,
@@ -302,9 +314,13 @@ def _seconds_a_unit(folder: RunFolder, asked: Asked) -> dict[Kind, float]:
     found: dict[Kind, list[float]] = {}
     for subject in asked.subjects.values():
         for unit in _left(folder, subject, asked.plan):
-            if not unit_problem(folder, subject, unit, asked.plan) and unit.kind in TABLES:
-                table = read_table(folder.part(unit.arm, unit.kind, unit.part))
-                found.setdefault(unit.kind, []).append(sum(table.seconds.values()))
+            if unit_problem(folder, subject, unit, asked.plan):
+                continue
+            if unit.kind in TABLES:
+                seconds = sum(read_table(folder.part(unit.arm, unit.kind, unit.part)).seconds.values())
+            else:
+                seconds = (read_note(folder, subject, unit.kind) or {"seconds": 0.0})["seconds"]
+            found.setdefault(unit.kind, []).append(seconds)
     return {kind: sum(each) / len(each) for kind, each in found.items()}
 
 

@@ -11,7 +11,7 @@
 set -euo pipefail
 workers=${SLURM_GPUS_ON_NODE:-${SLURM_CPUS_ON_NODE:-1}}
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
-    share=$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN))/$SLURM_ARRAY_TASK_COUNT
+    share=$(((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN) / SLURM_ARRAY_TASK_STEP))/$SLURM_ARRAY_TASK_COUNT
     exec python -m hpcguard.evaluate "$@" --share "$share" evaluation.workers="$workers"
 fi
 python -m hpcguard.evaluate "$@" evaluation.workers="$workers"

@@ -27,7 +27,7 @@ from hpcguard.config import DataConfig, EvaluationConfig, load_config
 from hpcguard.data import load_images
 from hpcguard.evaluation.units import test_images as images_of
 from hpcguard.models import load_model
-from hpcguard.store import read_outcomes
+from hpcguard.store import read_outcomes, read_table
 
 MakeConfig = Callable[..., Path]
 SMALL = [
@@ -114,12 +114,16 @@ def test_outcomes_are_those_of_plain_torch_and_of_the_library(run: Path) -> None
     assert said["worst"]["right"] == int(np.logical_and.reduce(list(found.right.values())).sum())
     curve = said["curve"]
     assert curve["radii"] == [0, 0.05, 0.1, 0.3] and curve["attack"] == "pgd-4-margin"
-    assert curve["right"] == [int((found.falls_at > radius).sum()) for radius in curve["radii"]]
+    assert curve["right"] == [int((falls_at(run) > radius).sum()) for radius in curve["radii"]]
     assert curve["right"][0] == int(clean.sum()) and curve["right"][2] <= said["attacks"]["pgd-4-margin"]["right"]
     assert sorted(curve["right"], reverse=True) == curve["right"] and curve["right"][-1] < curve["right"][0]
     assert said["seeds"] == {"attacks": 0, "images": 0, "explanations": 0}
     assert said["config"]["evaluation"]["workers"] == 2 and said["revision"]
     assert not (run / "results/parts/baseline").exists()
+
+
+def falls_at(run: Path) -> np.ndarray:
+    return read_table(run / "results/baseline.curve.h5").columns["falls_at"]
 
 
 def columns(run: Path) -> dict[str, bytes]:
@@ -145,6 +149,20 @@ def test_shares_and_ranks_find_what_one_process_finds(run: Path, capfd: pytest.C
         oversubscribed = {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
         subprocess.run(under, env={**os.environ, **allowed, **oversubscribed}, check=True)
         assert columns(run) == alone
+
+
+def test_shares_leave_nothing_out_where_arms_end_apart(attributed: Path, tmp_path: Path) -> None:
+    """One share after the other, each of which sees what the ones before have published."""
+    run = tmp_path / "run"
+    shutil.copytree(attributed, run)
+    run.chmod(0o700)
+    assert run_stage("refine", [str(run), f"run={run}", "refinement.epochs=1"]) == 0
+    for share in range(9):
+        assert evaluate(run, f"run={run}", "--share", f"{share}/9") == 0
+    results = {path.name for path in (run / "results").glob("*.json")}
+    assert results == {"baseline.json", "pgd.json", "guided.json"}
+    alarms = [json.loads((run / "results" / name).read_text())["alarms"][-1] for name in sorted(results)]
+    assert all(row["name"] == "transfer beats white box" and row["measured"] for row in alarms)
 
 
 def test_an_array_of_jobs_does_it_in_shares(run: Path, slurm: Slurm) -> None:  # noqa: F811
@@ -243,7 +261,7 @@ class Odd(nn.Module):
         if self.fault == "raises" and len(x) > 1:
             raise RuntimeError("no answer today")
         dark = x.flatten(1).mean(1, keepdim=True) < self.limit
-        return torch.where(dark, logits * float("nan"), logits) if self.fault == "nan" else logits
+        return logits + torch.where(dark, float("nan"), 0.0) if self.fault == "nan" else logits
 
 
 def odd(num_classes: int, fault: str, limit: float) -> nn.Module:
@@ -263,14 +281,23 @@ def test_an_image_answered_with_nan_is_right_nowhere(
     tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = odd_run(tmp_path, make_config, "nan", monkeypatch)
-    settings = ["evaluation.explained=0", "evaluation.autoattack=fast", "evaluation.curve=[0.1]"]
+    settings = ["evaluation.explained=24", "evaluation.autoattack=fast", "evaluation.curve=[0.1]"]
+    settings += [
+        "evaluation.explanations.images=24",
+        "evaluation.vulnerability.images=24",
+        "evaluation.bound.images=24",
+    ]
+    settings += ["evaluation.bound.certified=false", "evaluation.bound.steps=2", "evaluation.vulnerability.draws=1"]
     assert run_stage("evaluate", [str(config), *settings]) == 0
+    bound = read_table(tmp_path / "run/results/baseline.bound.h5").columns["measured/all"]
+    claim = read_table(tmp_path / "run/results/baseline.vulnerability.h5").columns["flagged_area"]
     found = read_outcomes(tmp_path / "run/results/baseline.h5")
     test = images_of(load_config(config))
     dark = torch.from_numpy(test.images(found.image_id)).flatten(1).mean(1).numpy() < 0.29
     assert 0 < dark.sum() < 24
     assert not any((right & dark).any() for right in found.right.values())
-    assert (found.falls_at[dark] == 0).all()
+    assert (falls_at(tmp_path / "run")[dark] == 0).all()
+    assert (bound[dark] == 0).all() and np.isnan(claim[dark]).all()
 
 
 def test_a_model_that_answers_nan_at_once_is_refused(

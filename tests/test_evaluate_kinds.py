@@ -113,10 +113,33 @@ def test_what_is_asked_for_later_costs_no_other_attack(run: Path, capsys: pytest
     assert run_stage("evaluate", [str(run), *ALL, "evaluation.bound.images=0"]) == 0
     out = capsys.readouterr().out
     assert "baseline: to do: 2 of corruptions, 2 of quality, 3 of vulnerability\n" in out
+    assert run_stage("evaluate", [str(run), *ALL, "evaluation.bound.images=0", "evaluation.curve=[0.05,0.2]"]) == 0
+    assert "baseline: to do: 3 of curve\n" in capsys.readouterr().out
+    assert said(run)["curve"]["radii"] == [0, 0.05, 0.2]
     assert before.items() <= {path: path.stat().st_mtime_ns for path in (run / "results").rglob("*.h5")}.items()
     assert notes == {path: path.stat().st_mtime_ns for path in (run / "results/notes").iterdir()}
     assert said(run)["attacks"] == first["attacks"] and said(run)["corruptions"] and said(run)["vulnerability"]
-    assert set(said(run)["tables_sha256"]) == {"corruptions", "quality", "vulnerability"}
+    assert set(said(run)["tables_sha256"]) == {"curve", "corruptions", "quality", "vulnerability"}
+
+
+def test_a_model_without_bounds_is_refused_before_anything(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An activation that no bound is known of, found in a dry run too."""
+    options = ["model.activation=null", "model.name=test_evaluate_kinds:Bent", "model.options={}"]
+    torch.save(Bent(10).state_dict(), run / "bent.pt")
+    settings = [*SMALL, *options, f"model.weights={run}/bent.pt", "evaluation.bound.images=4"]
+    for more in (["--dry-run"], []):
+        assert run_stage("evaluate", [str(run), *settings, *more]) == 2
+        assert "Tanh) is not supported" in capsys.readouterr().err
+    assert not (run / "results/parts").exists()
+
+
+class Bent(nn.Module):
+    def __init__(self, num_classes: int, width: int = 4) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, num_classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)  # type: ignore[no-any-return]
 
 
 class Sure(nn.Module):

@@ -29,7 +29,7 @@ from hpcguard.attribution import LimeConfig, explain_batch, true_and_runner_up
 from hpcguard.cluster.heap import freed_memory_kept
 from hpcguard.config import DataConfig, SpuriousConfig
 from hpcguard.data import load_images
-from hpcguard.metrics.bound import Distortion, certified, estimated, measured, summarise
+from hpcguard.metrics.bound import Distortion, certified, constant_shares, estimated, measured, summarise
 from hpcguard.metrics.bound.grades import Group
 from hpcguard.models import Normalized
 from hpcguard.models.weights import load_weights
@@ -134,20 +134,9 @@ def part_split(arguments: argparse.Namespace) -> Figures:
             figures[f"{norm}_{group}_estimated"] = middle(estimated(model, x, y, norm, flagged, group).values)
             figures[f"{norm}_{group}_measured"] = middle(found.values)
             if group == "all":
-                figures[f"{norm}_constant_share_of_flagged"] = flagged_share(bound)
+                figures[f"{norm}_constant_share_of_flagged"] = float(np.nanmedian(constant_shares(bound)))
         figures[f"{norm}_all_estimated_split"] = middle(estimated(model, x, y, norm, flagged, split=True).values)
     return figures
-
-
-def flagged_share(bound: Distortion) -> float:
-    """Median over images of L_S^q / (L_S^q + L_R^q), of the wrong class that the bound is of."""
-    power, shares = (1 if bound.norm == "linf" else 2), []
-    for split in bound.splits:
-        if split is not None:
-            flagged, rest = split.flagged**power, split.rest**power
-            nearest = np.argmin(split.margins / (flagged + rest) ** (1 / power))
-            shares.append(flagged[nearest] / (flagged[nearest] + rest[nearest]))
-    return float(np.median(shares))
 
 
 def _median(right: np.ndarray, scale: float, values: np.ndarray) -> float:

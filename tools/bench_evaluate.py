@@ -5,7 +5,7 @@
 
 overhead  AutoAttack (--version) on --overhead-images test images of CIFAR-10 (DIR) and resnet4b.pth (in DIR) at 2/255:
           as a worker does it, batch by batch, with a file of outcomes published of each and their joining, against the
-          library called directly on the same images and model. `attack_overhead` gives both the model that
+          library called directly on the same images and model. CPU seconds; `attack_overhead` gives both the model that
           `load_model` returns; `attack_overhead_frozen` gives the library one whose weights ask for no gradients, as
           evaluation does by itself
 resume    `python -m hpcguard.evaluate` on a model that counts its forward passes, killed with -9 and started again:
@@ -138,15 +138,16 @@ def library(config: EvaluationConfig, model: nn.Module, x: Tensor, y: Tensor) ->
 
 
 def in_turns(tasks: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Wall seconds of each task, by round; one round before them to warm up."""
+    """CPU seconds of each task in this process, by round; one round before them to warm up. Not wall seconds: what else
+    the machine does in these is more than what is measured."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     shuffled = random.Random(0)
     for number in range(-1, rounds):
         for name in shuffled.sample(list(tasks), len(tasks)):
-            started = time.perf_counter()
+            started = time.process_time()
             tasks[name]()
             if number >= 0:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(time.process_time() - started)
     return seconds
 
 

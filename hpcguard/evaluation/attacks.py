@@ -18,19 +18,17 @@ from hpcguard.store import Outcomes
 
 def measure_attacks(case: Case) -> Measured:
     """All attacks on one batch. A model whose answers are not one logit a class is an InputError."""
+    right, seconds = attack(case.config.evaluation, case.model, case.x, case.y, case.ids, case.report)
+    return Measured(Outcomes(case.ids, case.y.cpu().numpy(), right).columns(), seconds)
+
+
+def measure_curve(case: Case) -> Measured:
+    """Column falls_at, float64 [B]: the smallest radius of the curve at which PGD changes the answer; 0: it is wrong
+    unattacked; infinite: none of them."""
     config = case.config.evaluation
-    on_curve = min(max(0, config.curve_images - case.first), len(case.ids)) if config.curve else 0
-    right, seconds = attack(config, case.model, case.x, case.y, case.ids, case.report)
-    falls = np.full(len(case.ids), np.nan)
-    if on_curve:
-        since, start = time.monotonic(), slice(on_curve)
-        known, clean = (
-            torch.from_numpy(right[name][start]).to(case.x.device) for name in (pgd_names(config)[-1], "clean")
-        )
-        survivors = partial(_survives_all_pgd, config, case.model, case.x[start], case.y[start], case.ids[start])
-        falls[start] = falls_at(survivors, clean, config.curve, config.eps, known)
-        seconds["curve"] = time.monotonic() - since
-    return Measured(Outcomes(case.ids, case.y.cpu().numpy(), right, falls).columns(), seconds)
+    clean = is_right(case.model, case.x, case.y, config.batch_size)
+    survivors = partial(_survives_all_pgd, config, case.model, case.x, case.y, case.ids)
+    return Measured({"falls_at": falls_at(survivors, clean, config.curve)})
 
 
 def attack(

@@ -5,6 +5,12 @@ from torch import Tensor, nn
 
 from hpcguard.config import Config
 from hpcguard.metrics.claim import explained_rows
+from hpcguard.metrics.robustness import Model
+
+
+def finite(model: nn.Module) -> Model:
+    """The model for explanations: a logit that is NaN or infinite says nothing, and is 0."""
+    return lambda x: model(x).nan_to_num(0.0, 0.0, 0.0)
 
 
 def explained(config: Config, model: nn.Module, x: Tensor, y: Tensor, ids: np.ndarray) -> dict[str, np.ndarray]:

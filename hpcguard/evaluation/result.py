@@ -40,7 +40,7 @@ def describe_result(
             name: {**accuracy(right), "seconds": attacks.seconds[name]} for name, right in outcomes.right.items()
         },
         "worst": accuracy(np.logical_and.reduce(list(outcomes.right.values()))),
-        "curve": curve(outcomes, attacks.seconds["curve"], config) if config.evaluation.curve else None,
+        "curve": curve(tables["curve"], config) if "curve" in tables else None,
         "alarms": alarms,
         **_summaries(config, subject, tables, outcomes),
         "explanation_jaccard5": explained["jaccard5"] if explained else None,
@@ -53,7 +53,7 @@ def describe_result(
         "seeds": {
             "attacks": config.evaluation.seed, "images": config.data.seed, "explanations": config.attribution.seed,
         },
-        "hardware": _hardware(tables),
+        "hardware": _hardware(tables, notes),
         "outcomes_sha256": files.pop("attacks"),
         "tables_sha256": files,
         "revision": code_revision(),
@@ -85,11 +85,11 @@ def _seconds(tables: Tables, notes: Notes) -> dict[str, float]:
     return {kind: round(seconds, 1) for kind, seconds in found.items()}
 
 
-def _hardware(tables: Tables) -> dict[str, Any]:
+def _hardware(tables: Tables, notes: Notes) -> dict[str, Any]:
     """The machine that measured it; others too, if there were several."""
-    machines: list[dict[str, Any]] = []
-    for table in tables.values():
-        machines += [dict(each) for each in table.machines if each not in machines]
+    used = [dict(each) for table in tables.values() for each in table.machines]
+    used += [dict(note["machine"]) for note in notes.values()]
+    machines = [each for place, each in enumerate(used) if each not in used[:place]]
     return {**machines[0], **({"others": machines[1:]} if machines[1:] else {})}
 
 
@@ -100,13 +100,12 @@ def accuracy(right: np.ndarray) -> dict[str, Any]:
     return {"right": int(right.sum()), "of": len(right), "accuracy": share, "low": low, "high": high}
 
 
-def curve(outcomes: Outcomes, seconds: float, config: Config) -> dict[str, Any]:
+def curve(table: ImageTable, config: Config) -> dict[str, Any]:
     """Accuracy under PGD by radius, 0 first."""
-    falls = outcomes.falls_at[~np.isnan(outcomes.falls_at)]
     radii = [0.0, *config.evaluation.curve]
-    rows = [accuracy(falls > radius) for radius in radii]
+    rows = [accuracy(table.columns["falls_at"] > radius) for radius in radii]
     columns = {key: [row[key] for row in rows] for key in ("right", "accuracy", "low", "high")}
     return {
-        "attack": pgd_names(config.evaluation)[-1], "norm": config.evaluation.norm, "of": len(falls), "radii": radii,
-        "seconds": seconds, **columns,
+        "attack": pgd_names(config.evaluation)[-1], "norm": config.evaluation.norm, "of": len(table), "radii": radii,
+        "seconds": sum(table.seconds.values()), **columns,
     }  # fmt: skip

@@ -11,14 +11,16 @@ from hpcguard.config import Config
 from hpcguard.config.evaluation import PARTS
 from hpcguard.runs import digest_json
 
-Kind = Literal["attacks", "alarms", "corruptions", "explanations", "quality", "vulnerability", "bound"]
-TABLES: tuple[Kind, ...] = ("attacks", "corruptions", "quality", "vulnerability", "bound")
+Kind = Literal["attacks", "curve", "alarms", "corruptions", "explanations", "quality", "vulnerability", "bound"]
+TABLES: tuple[Kind, ...] = ("attacks", "curve", "corruptions", "quality", "vulnerability", "bound")
 """Measured on batches of images, figures image by image; alarms and explanations (the pictures) are one unit each."""
 BOUND_UNIT = 4  # images, of up to a minute each
 
+PGD = ("norm", "eps", "pgd_steps", "pgd_restarts", "pgd_losses", "seed")
 # Keys of evaluation and of the whole identity that a kind depends on, beside the model and the images.
 DEPENDS: dict[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "alarms": (("alarms", "norm", "eps", "pgd_steps", "pgd_restarts", "batch_size", "seed"), ("baseline_sha256",)),
+    "curve": (("curve", *PGD), ()),
+    "alarms": (("alarms", "batch_size", *PGD), ("sibling_sha256",)),
     "corruptions": (("corruptions",), ("corrupted",)),
     "explanations": (("explained",), ("attribution",)),
     "quality": (
@@ -27,6 +29,7 @@ DEPENDS: dict[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "vulnerability": (("vulnerability", "spurious", "seed"), ("attribution",)),
     "bound": (("bound", "spurious", "norm", "seed"), ("attribution",)),
 }  # fmt: skip
+NO_ATTACK = (*PARTS, "explained", "curve", "curve_images")
 MODEL = ("weights_sha256", "model", "test_sha256")
 
 
@@ -41,7 +44,7 @@ class Subject:
     def digest(self, kind: Kind) -> str:
         """Of what the figures of a kind depend on."""
         evaluation = self.identity["evaluation"]
-        own = tuple(key for key in evaluation if key not in (*PARTS, "explained"))  # of attacks: what no other kind has
+        own = tuple(key for key in evaluation if key not in NO_ATTACK)
         keys, more = DEPENDS.get(kind, (own, ()))
         return digest_json([
             kind, {key: evaluation[key] for key in keys}, {key: self.identity[key] for key in (*MODEL, *more)}
@@ -59,7 +62,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Plan:
-    """The batches of every kind that is wanted, ids of test images each; of alarms and explanations one empty batch."""
+    """The batches of every kind that is wanted, ids of images each; of alarms and explanations one batch."""
 
     batches: Mapping[Kind, Sequence[np.ndarray]]
 
@@ -77,14 +80,16 @@ def plan_units(config: Config, ids: np.ndarray) -> Plan:
     corrupted = len(ids) if wanted.corruptions.images is None else wanted.corruptions.images
     sizes: list[tuple[Kind, int, int]] = [
         ("attacks", len(ids), wanted.batch_size),
+        ("curve", wanted.curve_images if wanted.curve else 0, wanted.batch_size),
         ("corruptions", corrupted, wanted.batch_size),
         ("quality", wanted.explanations.images, explained),
         ("vulnerability", wanted.vulnerability.images, explained),
         ("bound", wanted.bound.images, BOUND_UNIT),
     ]
-    batches: dict[Kind, Sequence[np.ndarray]] = {"alarms": [ids[:0]]}
+    drawn = np.random.default_rng(wanted.seed).permutation(len(ids))[: wanted.alarms.images]  # ids may go by class
+    batches: dict[Kind, Sequence[np.ndarray]] = {"alarms": [ids[np.sort(drawn)]]}
     if wanted.explained:
-        batches["explanations"] = [ids[:0]]
+        batches["explanations"] = [ids[: wanted.explained]]
     return Plan(batches | {kind: cut(ids[:count], size) for kind, count, size in sizes if count})
 
 

@@ -4,13 +4,15 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hpcguard.cluster.devices import full_float32, pick_device
 from hpcguard.cluster.local import Report
@@ -18,7 +20,7 @@ from hpcguard.config import Config
 from hpcguard.data import ImageSet, load_images
 from hpcguard.errors import InputError
 from hpcguard.evaluation.alarms import measure_alarms
-from hpcguard.evaluation.attacks import measure_attacks
+from hpcguard.evaluation.attacks import measure_attacks, measure_curve
 from hpcguard.evaluation.bound import measure_bound
 from hpcguard.evaluation.case import Case, Measured
 from hpcguard.evaluation.corruptions import measure_corruptions
@@ -30,8 +32,10 @@ from hpcguard.models import check_answers, load_model
 from hpcguard.runs import RunFolder, digest_file, digest_json, publish, read_sealed, write_sealed
 from hpcguard.store import ImageTable, rows_from, table_problem, write_rows, write_table
 
+FIRST = 16  # images that are asked for a finite answer
 MEASURES: Mapping[Kind, Callable[[Case], Measured]] = {
     "attacks": measure_attacks,
+    "curve": measure_curve,
     "corruptions": measure_corruptions,
     "quality": measure_quality,
     "vulnerability": measure_claim_on,
@@ -59,6 +63,7 @@ class UnitTask:
     config: Config
     subjects: Mapping[str, Subject]
     baseline: Subject | None = None  # the model that was explained, if there is one
+    sibling: Subject | None = None  # of the baseline, for its alarms; the others' is the baseline
     rank: int = 0
     _models: dict[str, nn.Module] = field(default_factory=dict, init=False)
 
@@ -76,9 +81,8 @@ class UnitTask:
         case = self._case(subject, unit, pick_device(self.config.device, self._place(slot)), report)
         since = time.monotonic()
         if unit.kind == "alarms":
-            sibling = case.baseline if unit.arm != "baseline" else None
-            rows = measure_alarms(self.config.evaluation, case.model, sibling, case.x, case.y)
-            self._note(folder, subject, unit.kind, {"rows": rows}, since)
+            rows = measure_alarms(self.config.evaluation, case.model, case.other, case.x, case.y)
+            self._note(folder, subject, unit.kind, {"rows": rows}, since, case.x.device)
         elif unit.kind == "explanations":
             self._explain(folder, subject, case, since)
         else:
@@ -93,28 +97,36 @@ class UnitTask:
         return slot + self.rank * self.config.evaluation.workers
 
     def _case(self, subject: Subject, unit: Unit, device: torch.device, report: Report) -> Case:
-        batches = self._plan.batches[unit.kind]
-        ids = self._test.ids if unit.kind == "alarms" else batches[unit.part]
-        if unit.kind == "explanations":
-            ids = self._test.ids[: self.config.evaluation.explained]
+        ids = self._plan.batches[unit.kind][unit.part]
         x = torch.from_numpy(self._test.images(ids)).to(device)
         y = torch.from_numpy(self._test.labels_of(ids)).to(device)
-        baseline = self._load(self.baseline, device) if self.baseline and unit.kind in ("alarms", "quality") else None
-        first = sum(len(each) for each in batches[: unit.part])
-        return Case(self.config, self._load(subject, device), self._test, ids, x, y, baseline, first, lambda: report(0))
+        other = self.baseline if unit.kind in ("alarms", "quality") else None
+        if unit.kind == "alarms" and unit.arm == "baseline":
+            other = self.sibling
+        self._models = {arm: self._models[arm] for arm in self._models if arm in (unit.arm, other and other.arm)}
+        model, beside = self._load(subject, device), self._load(other, device) if other else None
+        return Case(self.config, model, self._test, ids, x, y, beside, lambda: report(0))
 
     def _load(self, subject: Subject, device: torch.device) -> nn.Module:
-        """The model, kept while it is asked for; beside it only the baseline is."""
+        """The model, kept while it is asked for."""
         if subject.arm not in self._models:
-            self._models = {arm: model for arm, model in self._models.items() if arm == "baseline"}
             if digest_file(subject.weights) != subject.identity["weights_sha256"]:
                 raise InputError(f"{subject.weights}: changed while it was to be measured; run the same command again")
             classes = len(self._test.classes)
             model = load_model(self.config.model, classes, self._test.shape[0], subject.weights, device)
-            check_answers(model, torch.from_numpy(self._test.images(self._test.ids[:1])).to(device), classes)
+            check_answers(model, self._answered(model, device), classes)
             # Attacks ask for the gradient of images alone; FAB would have torch compute that of the weights as well.
             self._models[subject.arm] = model.requires_grad_(False)
         return self._models[subject.arm]
+
+    def _answered(self, model: nn.Module, device: torch.device) -> Tensor:
+        """An image [1, C, H, W] with a finite answer, if one of the first has it: the others just count as wrong."""
+        first = torch.from_numpy(self._test.images(self._test.ids[:FIRST])).to(device)
+        for image in first.split(1):
+            with torch.inference_mode(), suppress(Exception):  # what it is, check_answers says
+                if model(image).isfinite().all():
+                    return image
+        return first[:1]
 
     def _explain(self, folder: RunFolder, subject: Subject, case: Case, since: float) -> None:
         found, figures = explain_images(case)
@@ -122,23 +134,35 @@ class UnitTask:
         labels = case.y.cpu().numpy()
         with publish(path) as temporary:
             write_rows(temporary, rows_from(found, labels), digest_json(identity), identity=identity)
-        self._note(folder, subject, "explanations", {**figures, "sha256": digest_file(path)}, since)
+        self._note(folder, subject, "explanations", {**figures, "sha256": digest_file(path)}, since, case.x.device)
 
-    def _note(self, folder: RunFolder, subject: Subject, kind: Kind, values: Mapping[str, Any], since: float) -> None:
-        seconds = round(time.monotonic() - since, 3)
+    def _note(
+        self, folder: RunFolder, subject: Subject, kind: Kind, values: Mapping[str, Any], since: float,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        made = {"seconds": round(time.monotonic() - since, 3), "machine": machine(device)}
         path = folder.note(subject.arm, kind)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_sealed(path, {"identity": subject.digest(kind), **values, "seconds": seconds})
+        write_sealed(path, {"identity": subject.digest(kind), **values, **made})
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What figures were computed on."""
     gpu = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if gpu else platform.processor() or "cpu"
+    name = torch.cuda.get_device_name(device) if gpu else _processor()
     return {
         "device": name, "gpu": gpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }  # fmt: skip
+
+
+def _processor() -> str:
+    """platform.processor() is empty on most Linux machines."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "cpu"
 
 
 def unit_problem(folder: RunFolder, subject: Subject, unit: Unit, plan: Plan) -> str | None:
@@ -154,7 +178,7 @@ def read_note(folder: RunFolder, subject: Subject, kind: Kind) -> dict[str, Any]
     if not folder.note(subject.arm, kind).is_file():
         return None
     try:
-        found = read_sealed(folder.note(subject.arm, kind), "", identity=str, seconds=float)
+        found = read_sealed(folder.note(subject.arm, kind), "", identity=str, seconds=float, machine=dict)
     except InputError:
         return None  # it is made again
     path = folder.explanations(subject.arm)

@@ -90,19 +90,15 @@ def start_noise(ids: np.ndarray, shape: Sequence[int], how: Pgd, restart: int) -
     return torch.from_numpy(noise * 2 - 1)
 
 
-def falls_at(
-    survivors: Callable[[Tensor, float], Tensor], right: Tensor, radii: Sequence[float], eps: float, at_eps: Tensor
-) -> np.ndarray:
+def falls_at(survivors: Callable[[Tensor, float], Tensor], right: Tensor, radii: Sequence[float]) -> np.ndarray:
     """The smallest of the ascending radii that each image falls at, float64 [B]: 0 if it is wrong unattacked, infinite
     if it survives all. What has fallen at a radius is in every larger ball too, and is not attacked again.
 
-    survivors(right, radius): the images still right under the attack; at_eps: its outcome for radius eps, known.
+    survivors(right, radius): the images still right under the attack.
     """
     found = np.where(right.cpu().numpy(), np.inf, 0.0)
     for radius in radii:
-        left = right & at_eps if radius >= eps else right
-        if radius != eps:
-            left = survivors(left, radius)
+        left = survivors(right, radius)
         found[(right & ~left).cpu().numpy()] = radius
         right = left
     return found

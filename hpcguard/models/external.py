@@ -8,7 +8,7 @@ from torch import nn
 from hpcguard.config import ModelConfig
 from hpcguard.errors import InputError
 from hpcguard.models.build import build_model
-from hpcguard.models.weights import save_weights
+from hpcguard.models.weights import load_weights, save_weights
 
 
 def keep_ready_made(config: ModelConfig, num_classes: int, channels: int, path: Path) -> None:
@@ -28,6 +28,17 @@ def keep_ready_made(config: ModelConfig, num_classes: int, channels: int, path: 
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     save_weights(model, path, {"model": config.name})
+
+
+def check_ready_made(config: ModelConfig, num_classes: int, channels: int, path: Path) -> None:
+    """Raises InputError if the callable does not give the weights that keep_ready_made has written to `path`."""
+    model, kept = (build_model(config, num_classes, channels) for _ in range(2))
+    load_weights(kept, path)
+    if not _same_weights(model.net, kept.net):
+        raise InputError(
+            f"model.name = {config.name}: gives other weights now than those in {path}, which all results are "
+            "of; set run to another folder, or model.weights to these"
+        )
 
 
 def _same_weights(net: nn.Module, other: nn.Module) -> bool:

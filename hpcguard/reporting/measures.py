@@ -41,6 +41,7 @@ def _alarm_cell(arm: Arm, name: str) -> str:
     if row is None or row["red"] is None:
         return MISSING
     share = f" {row['measured']['share']:.1%}" if "share" in row["measured"] else ""
+    share += f" of {row['measured']['of']:.0f}" if share and "of" in row["measured"] else ""
     return f"{RED if row['red'] else 'ok'}{share}"
 
 
@@ -187,26 +188,38 @@ def _claims(arms: Sequence[Arm]) -> dict[str, list[dict[str, Any]]]:
 
 
 def bound_table(arms: Sequence[Arm]) -> Table | None:
-    """Medians over right images of each grade, in a column of its own."""
-    columns = ["arm", "pixels that change", "images", "certified", "estimated", "measured", "certified / measured"]
+    """Medians over right images of each grade, in a column of its own, and what the split gives."""
+    columns = ["arm", "pixels that change", "images", "certified", "over the plain bound", "estimated", "measured",
+               "certified / measured", "non-trivial", "share of the constant"]  # fmt: skip
     rows = []
     for arm in arms:
         bound = arm.result.get("bound") or {}
         scale = 255 if bound.get("norm") == "linf" else 1
+        flagged = bound.get("flagged_constant_share")
+        shares = {} if flagged is None else {"flagged": flagged, "unflagged": 1 - flagged}
         for group in ("all", "flagged", "unflagged"):
             if bound.get(group):
-                rows.append([arm.name, group, *_bound_cells(bound[group], scale)])
+                share = f"{shares[group]:.0%}" if group in shares else MISSING
+                rows.append([arm.name, group, *_bound_cells(bound[group], scale), share])
     return Table(columns, rows) if rows else None
 
 
-def _bound_cells(row: Mapping[str, float], scale: float) -> list[str]:
+def _bound_cells(row: Mapping[str, float | None], scale: float) -> list[str]:
     unit = "/255" if scale == 255 else ""
-    medians = [row.get(f"{grade}_median") for grade in ("certified", "estimated", "measured")]
-    ratio = row.get("ratio_q50")
+
+    def shown(name: str, form: str, times: float = 1, after: str = "") -> str:
+        value = row.get(name)
+        return MISSING if value is None else f"{value * times:{form}}{after}"
+
+    measured = "not broken" if row.get("not_broken") and row.get("measured_median") is None else None
     return [
         f"{row['right']:.0f} of {row['images']:.0f}",
-        *(MISSING if median is None else f"{median * scale:.3g}{unit}" for median in medians),
-        MISSING if ratio is None else f"{ratio:.3f}",
+        shown("certified_median", ".3g", scale, unit),
+        shown("gain", ".2f", 1, " times"),
+        shown("estimated_median", ".3g", scale, unit),
+        measured or shown("measured_median", ".3g", scale, unit),
+        shown("ratio_q50", ".3f"),
+        shown("non_trivial_share", ".0%"),
     ]
 
 

@@ -86,7 +86,7 @@ class _Vulnerability(_Part):
 
 
 class _Group(_Part):
-    __pydantic_extra__: dict[str, float]
+    __pydantic_extra__: dict[str, float | None]
 
     images: float
     right: float
@@ -98,6 +98,12 @@ class _Bound(_Part):
     all: _Group | None = None
     flagged: _Group | None = None
     unflagged: _Group | None = None
+    flagged_constant_share: Share | None = None
+
+
+class _Hardware(_Part):
+    threads: int = Field(1, gt=0)
+    gpu: bool = False
 
 
 class _Sections(_Part):
@@ -108,6 +114,10 @@ class _Sections(_Part):
     explanations: dict[str, _Mean] | None = None
     vulnerability: _Vulnerability | None = None
     bound: _Bound | None = None
+    explanation_jaccard5: Share | None = None
+    hardware: _Hardware = _Hardware()
+    outcomes_sha256: str | None = None
+    tables_sha256: dict[str, str] = {}
 
     @model_validator(mode="after")
     def _trusted_if_nothing_is_red(self) -> "_Sections":

@@ -51,6 +51,7 @@ def cautions(arms: Sequence[Arm], store: Mapping[str, Any] | None) -> list[str]:
         found.append("AutoAttack was not run; gradient attacks alone can overstate robustness.")
     elif strongest != "autoattack":
         found.append(f"{attack_title(strongest)} is not the standard AutoAttack that published figures use.")
+    found += [f"{arm.name} has no alarms: whether its attacks worked is not known." for arm in arms if not arm.checked]
     for arm in arms:
         rows = list(arm.attacks.items())
         for (weak, row), (strong, stronger) in pairwise(rows):

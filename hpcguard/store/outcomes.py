@@ -17,7 +17,6 @@ class Outcomes:
     image_id: np.ndarray  # int64 [N]
     label: np.ndarray  # int64 [N]
     right: Mapping[str, np.ndarray]  # by attack, from the weakest to the strongest: bool [N]
-    falls_at: np.ndarray  # float64 [N]: smallest radius of the curve; infinite: none of them; NaN: not on the curve
 
     def __len__(self) -> int:
         return len(self.image_id)
@@ -25,13 +24,13 @@ class Outcomes:
     def columns(self) -> dict[str, np.ndarray]:
         """As a table holds them."""
         right = {f"right/{name}": each for name, each in self.right.items()}
-        return {"label": self.label, "falls_at": self.falls_at, **right}
+        return {"label": self.label, **right}
 
 
 def outcomes_of(table: ImageTable) -> Outcomes:
     """Raises ValueError for a table of something else."""
     right = {name.partition("/")[2]: each for name, each in table.columns.items() if name.startswith("right/")}
-    expected = {"label": "int64", "falls_at": "float64", **{f"right/{name}": "bool" for name in right}}
+    expected = {"label": "int64", **{f"right/{name}": "bool" for name in right}}
     for name, dtype in expected.items():
         column = table.columns.get(name)
         if column is None or column.dtype != dtype or column.ndim != 1:
@@ -39,7 +38,7 @@ def outcomes_of(table: ImageTable) -> Outcomes:
             raise ValueError(f"{name} is {found}, expected {dtype} [N]")
     if "clean" not in right:
         raise ValueError("right/clean is not there")
-    return Outcomes(table.image_id, table.columns["label"], right, table.columns["falls_at"])
+    return Outcomes(table.image_id, table.columns["label"], right)
 
 
 def read_outcomes(path: Path) -> Outcomes:

@@ -52,6 +52,12 @@ with torch.no_grad():
 def trained():
     return TRAINED
 
+def other():
+    model = Normalising()
+    nn.init.zeros_(model.net[1].weight)
+    nn.init.zeros_(model.net[1].bias)
+    return model
+
 def untrained():
     return Normalising()
 
@@ -114,11 +120,14 @@ def test_what_is_not_ready_made(zoo: str, tmp_path: Path, name: str | None, says
 
 
 def test_a_ready_made_model_is_evaluated(
-    zoo: str, tmp_path: Path, make_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    zoo: str, tmp_path: Path, make_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = {"name": f"{zoo}:trained", "options": {}}
     config = make_config(tmp_path, baseline=None, model=model, evaluation={"explained": 0})
     assert run_stage("evaluate", [str(config)]) == 0
+    changed = f"model.name={zoo}:other"
+    assert run_stage("evaluate", [str(config), changed]) == 2
+    assert "gives other weights now" in capsys.readouterr().err
     result = json.loads((tmp_path / "run/results/baseline.json").read_text())
     ids = np.random.default_rng(0).choice(load_images(DataConfig(name="digits", size=8), "test").ids, 24, replace=False)
     test = load_images(DataConfig(name="digits", size=8), "test").subset(ids)

@@ -64,7 +64,8 @@ def sections(red: bool = False) -> dict[str, Any]:
             "norm": "linf", "images": 4,
             "all": {"images": 4.0, "right": 3.0, "certified_median": 0.4 / 255, "estimated_median": 3 / 255,
                     "measured_median": 3.7 / 255, "ratio_q50": 0.109},
-            "flagged": {"images": 2.0, "right": 0.0},
+            "flagged": {"images": 2.0, "right": 2.0, "not_broken": 2.0, "measured_median": None, "gain": 2.9},
+            "flagged_constant_share": 0.28,
         },
     }  # fmt: skip
 
@@ -81,7 +82,7 @@ def test_tables_say_what_results_say() -> None:
     assert alarms is not None and alarms.columns == ["alarm", "baseline", "guided"]
     assert alarms.rows == [
         ["randomness", "ok", "ok"],
-        ["FGSM beats PGD", "ok 3.0%", "RED 3.0%"],
+        ["FGSM beats PGD", "ok 3.0% of 100", "RED 3.0% of 100"],
         ["transfer", "–", "–"],
     ]
     assert "guided is not to be trusted: FGSM beats PGD. Judge by Square." in cautions(arms, None)
@@ -93,8 +94,8 @@ def test_tables_say_what_results_say() -> None:
     bound = bound_table(arms)
     assert bound is not None
     assert bound.rows[:2] == [
-        ["baseline", "all", "3 of 4", "0.4/255", "3/255", "3.7/255", "0.109"],
-        ["baseline", "flagged", "0 of 2", "–", "–", "–", "–"],
+        ["baseline", "all", "3 of 4", "0.4/255", "–", "3/255", "3.7/255", "0.109", "–", "–"],
+        ["baseline", "flagged", "2 of 2", "–", "2.90 times", "–", "not broken", "–", "–", "28%"],
     ]
     curve = curve_picture(arms)
     assert curve is not None
@@ -134,7 +135,8 @@ def test_what_needs_images_one_by_one() -> None:
 
 
 def test_nothing_is_shown_where_nothing_was_measured() -> None:
-    arms = [Arm("baseline", result("baseline")), Arm("guided", result("guided"))]
+    arms = [Arm(name, {**result(name), "alarms": []}) for name in ("baseline", "guided")]
+    assert "guided has no alarms: whether its attacks worked is not known." in cautions(arms, None)
     for make in (alarm_table, bound_table, claim_picture, claim_table, corruption_picture, corruption_rows,
                  curve_picture, paired_table, quality_table):  # fmt: skip
         assert make(arms) is None, make

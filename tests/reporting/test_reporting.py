@@ -204,7 +204,7 @@ def test_damaged_results_are_named() -> None:
             {"attacks": {"clean": {**result("g")["attacks"]["clean"], "accuracy": 0.5}}},
             "clean: accuracy is not right / of",
         ),
-        ({"explanation_jaccard5": 2}, "explanation_jaccard5 is 2"),
+        ({"explanation_jaccard5": 2}, "explanation_jaccard5: Input should be"),
         ({"images": None}, "images is None, expected a number"),
     ):
         line = refusal(checks.check_result, {**result("guided"), **change}, "guided", where)

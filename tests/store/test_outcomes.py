@@ -15,8 +15,7 @@ def make(first: int = 0, count: int = 300, identity: str = "digest") -> ImageTab
     generator = np.random.default_rng(first)
     ids = np.arange(first, first + count)
     right = {name: generator.random(count) < share for name, share in (("clean", 0.9), ("pgd-20", 0.5), ("a+b", 0.4))}
-    falls = generator.choice([0.0, 0.1, np.inf, np.nan], count)
-    columns = Outcomes(ids, ids % 10, right, falls).columns()
+    columns = Outcomes(ids, ids % 10, right).columns()
     return ImageTable(ids, columns, identity, {"clean": 0.5, "pgd-20": 2.0}, [{"device": "cpu", "cores": 2}])
 
 
@@ -37,7 +36,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert np.array_equal(found.right["a+b"], make().columns["right/a+b"])
     with h5py.File(tmp_path / "a.h5") as file:  # as others read it
         assert file["right/pgd-20"].dtype == bool and file["image_id"].dtype == np.int64
-        assert all(file[name].fletcher32 for name in ("image_id", "label", "falls_at", "right/clean"))
+        assert all(file[name].fletcher32 for name in ("image_id", "label", "right/clean"))
 
 
 def test_columns_of_any_shape_and_none(tmp_path: Path) -> None:
@@ -70,7 +69,7 @@ def test_columns_must_fit(tmp_path: Path) -> None:
         replace(good, columns={"label": good.columns["label"][:-1]})
     right = good.columns["right/clean"]
     for change in (
-        {"right/clean": right.astype(np.uint8)}, {"falls_at": good.columns["falls_at"][:, None]},
+        {"right/clean": right.astype(np.uint8)}, {"right/clean": right[:, None]},
         {"label": right}, {"label": None}, {"right/clean": None},
     ):  # fmt: skip
         columns = {name: column for name, column in {**good.columns, **change}.items() if column is not None}

@@ -27,12 +27,13 @@ def trusted(rows: Iterable[Alarm]) -> bool:
 
 
 def share_alarm(name: str, found: Tensor | None, limit: float, meaning: str, **more: float) -> Alarm:
-    """The row of a share of images: `found` is bool [B], None if it was not measured."""
-    if found is None:
+    """The row of a share of images: `found` is bool [B], None if it was not measured; no image is
+    no measurement either."""
+    if found is None or not len(found):
         return Alarm(name, {}, limit, None, meaning)
     count, of = int(found.sum()), len(found)
     low, _ = wilson_interval(count, of)
-    measured = {"images": count, "of": of, "share": count / max(of, 1), "low": low, **more}
+    measured = {"images": count, "of": of, "share": count / of, "low": low, **more}
     return Alarm(name, measured, limit, low > limit, meaning)
 
 

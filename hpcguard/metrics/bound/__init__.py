@@ -4,8 +4,9 @@ from hpcguard.metrics.bound.certified import certified
 from hpcguard.metrics.bound.estimated import estimated
 from hpcguard.metrics.bound.grades import Distortion, Split, UnsoundBoundError, assert_sound
 from hpcguard.metrics.bound.measured import measured
-from hpcguard.metrics.bound.table import summarise
+from hpcguard.metrics.bound.table import constant_shares, summarise
 
 __all__ = [
-    "Distortion", "Split", "UnsoundBoundError", "assert_sound", "certified", "estimated", "measured", "summarise",
+    "Distortion", "Split", "UnsoundBoundError", "assert_sound", "certified", "constant_shares", "estimated", "measured",
+    "summarise",
 ]  # fmt: skip

@@ -5,6 +5,8 @@ affine form as well, multiplied at each activation by the range of its slope (Fa
 symbols in the place of intervals). Sound in floating point: see forms.py.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -36,9 +38,7 @@ def certified(
     wrong already. Raises InputError for layers that cannot be bounded, and for NaN or infinite pixels or logits.
     """
     check_images(model, x)
-    if x[0].numel() > LARGEST:
-        raise InputError(f"bound: images of {x[0].numel()} values, certified bounds take at most {LARGEST}")
-    steps = trace(model, x.shape[1:])
+    steps = check_certifiable(model, x.shape[1:])
     allowed = allowed_changes(x, flagged, group)
     inside = allowed_changes(x, flagged, "flagged" if flagged is not None else "all")
     values, splits = np.zeros(len(x)), []
@@ -48,6 +48,17 @@ def certified(
         values[index] = stepwise_bound(margins, [(radius, _lengths(bound, norm)) for radius, bound in found])
         splits.append(_split(margins, found, norm, inside[index]))
     return Distortion("certified", norm, group, values, splits)
+
+
+def check_certifiable(model: nn.Module, shape: Sequence[int]) -> list[Step]:
+    """The model's layers for images of a shape [C, H, W]. Raises InputError for what cannot be bounded."""
+    values = math.prod(shape)
+    if values > LARGEST:
+        raise InputError(
+            f"bound: images of {values} values, certified bounds take at most {LARGEST}; "
+            "set evaluation.bound.certified to false for the other grades"
+        )
+    return trace(model, torch.Size(shape))
 
 
 def sure_margins(steps: list[Step], image: Tensor, label: int) -> np.ndarray:
