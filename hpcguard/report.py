@@ -233,7 +233,7 @@ def _page(
         "by_round": by_round,
         "cost": cost_table(arms, store),
         "attribution": attribution_table(store) if store else None,
-        "commands": _commands(config),
+        "commands": _commands(config, arms, store),
         "hardware": hardware_table(arms),
         "settings": yaml.safe_dump(_without_machine_paths(config.model_dump(mode="json")), sort_keys=False),
     }
@@ -267,11 +267,14 @@ def _check_rows(arm: Arm, first: dict[str, np.ndarray], test: ImageSet) -> None:
         raise InputError(f"the explanations of arm {arm.name} do not fit this configuration's data; {EVALUATE}")
 
 
-def _commands(config: Config) -> list[str]:
-    """The stages in their order, into a fresh folder beside this one."""
+def _commands(config: Config, arms: list[Arm], store: dict[str, Any] | None) -> list[str]:
+    """The stages that made what the page shows, in their order, into a fresh folder beside this one."""
     source = config.run.resolve().name if config.run.is_absolute() or not config.run.name else str(config.run)
-    stages = ["refine --arm baseline"] if config.baseline is not None else []
-    stages += ["attribute", "consolidate", "refine", "evaluate", "report"]
+    trained = [arm.name for arm in arms if arm.training]
+    stages = ["refine --arm baseline"] if "baseline" in trained else []
+    stages += ["attribute", "consolidate"] if store else []
+    stages += ["refine"] if set(trained) - {"baseline"} else []
+    stages += ["evaluate", "report"]
     words = [stage.partition(" ") for stage in stages]
     return [
         f"python -m hpcguard.{stage} {shlex.quote(source)} {shlex.quote(f'run={source}-repeat')} {option}".rstrip()

@@ -36,6 +36,13 @@ class Arm:
         return not self.red
 
     @property
+    def strongest(self) -> tuple[str, dict[str, Any]]:
+        """What it is to be judged by: all attacks together, or where that is not recorded, the last of them."""
+        worst = self.result.get("worst")
+        last = list(self.attacks)[-1]
+        return ("all attacks", worst) if worst and last != "clean" else (last, self.attacks[last])
+
+    @property
     def checked(self) -> bool:
         """Whether alarms were looked for."""
         return any(row["red"] is not None for row in self.result.get("alarms", []))

@@ -10,7 +10,7 @@ from hpcguard.reporting.tables import percent
 
 def summarise(arms: Sequence[Arm]) -> list[str]:
     """One plain paragraph, as sentences. A difference is claimed only where the 95% intervals are disjoint."""
-    strongest = list(arms[0].attacks)[-1]
+    strongest = arms[0].strongest[0]
     images, eps = arms[0].result["images"], radius(arms[0].evaluation)
     where = f"Under {attack_title(strongest)} at eps {eps} on {images} {arms[0].split} images"
     if strongest == "clean":
@@ -18,16 +18,16 @@ def summarise(arms: Sequence[Arm]) -> list[str]:
     guided = next((arm for arm in arms if arm.name == "guided"), None)
     others = [arm for arm in arms if arm is not guided]
     if guided is None:
-        kept = ", ".join(f"{_noun(arm)} keeps {percent(arm.attacks[strongest])}" for arm in others)
+        kept = ", ".join(f"{_noun(arm)} keeps {percent(arm.strongest[1])}" for arm in others)
         return [f"{where} {kept}.", "The guided model is not measured yet, so nothing is compared."]
     controls = [arm for arm in others if arm.name != "baseline"]
-    sentences = [_compare(guided, arm, strongest, where) for arm in controls]
+    sentences = [_compare(guided, arm, where) for arm in controls]
     if not controls:
         sentences.append(
-            f"{where} {_noun(guided)} keeps {percent(guided.attacks[strongest])}. No control is measured, so this "
-            "run cannot show what guidance adds to the same training without it."
+            f"{where} {_noun(guided)} keeps {percent(guided.strongest[1])}. No control is measured, so this run cannot "
+            "show what guidance adds to the same training without it."
         )
-    sentences += [_compare(guided, arm, strongest, "") for arm in others if arm.name == "baseline"]
+    sentences += [_compare(guided, arm, "") for arm in others if arm.name == "baseline"]
     if strongest != "clean":
         clean = ", ".join(f"{arm.name} {percent(arm.attacks['clean'])}" for arm in arms)
         sentences.append(f"Accuracy on the same images unattacked: {clean}.")
@@ -71,8 +71,8 @@ def cautions(arms: Sequence[Arm], store: Mapping[str, Any] | None) -> list[str]:
     return found
 
 
-def _compare(guided: Arm, other: Arm, attack: str, where: str) -> str:
-    row, control = guided.attacks[attack], other.attacks[attack]
+def _compare(guided: Arm, other: Arm, where: str) -> str:
+    row, control = guided.strongest[1], other.strongest[1]
     points = abs(row["accuracy"] - control["accuracy"]) * 100
     finding = {
         "higher": f"the intervals are disjoint, and guided is {points:.1f} points higher",
