@@ -1,8 +1,8 @@
 """A sweep: cells over the axes of a base configuration, each trained and measured, with what they share done once.
 
 Writes SWEEP/models/*, SWEEP/stores/* (run folders, by the digest of what they depend on), SWEEP/logs/*, and
-SWEEP/table.csv and table.md at the end. Says first how many cells and distinct jobs there are and what is known of
-their cost. Each job is an hpcguard command of its own, max_jobs at once; a failed one holds up only what needs it.
+at the end what `hpcguard report SWEEP` writes. Says first how many cells and distinct jobs there are and what is known
+of their cost. Each job is an hpcguard command of its own, max_jobs at once; a failed one holds up only what needs it.
 Killed, interrupted, or with cells added, the same command does what is missing or has failed. The sweep's folder can
 be given in the place of its YAML file.
 """
@@ -17,14 +17,13 @@ from hpcguard.config import Config
 from hpcguard.config.sweep import SweepConfig, load_sweep
 from hpcguard.errors import InputError
 from hpcguard.progress import duration, say
-from hpcguard.runs import exclusive, publish
+from hpcguard.runs import exclusive
 from hpcguard.sweeps.evidence import cell_states, damaged, done_jobs, job_states, jobs_to_do, record_of
 from hpcguard.sweeps.folder import SweepFolder, measured_alike, write_plan
 from hpcguard.sweeps.grid import expand, matches, name_of
 from hpcguard.sweeps.jobs import Graph, Job, Kind, plan_jobs
 from hpcguard.sweeps.local import LocalRun, Outcome, seconds_by_kind
 from hpcguard.sweeps.ready import Ready
-from hpcguard.sweeps.table import rows, to_csv, to_markdown
 
 EXAMPLE = (
     "python -m hpcguard.sweep configs/sweeps/components_small.yaml --dry-run",
@@ -84,7 +83,9 @@ def _do(folder: SweepFolder, sweep: SweepConfig, base: Config, graph: Graph) -> 
         ready = Ready(graph, todo, sweep.pack)
         outcome = LocalRun(folder, base, graph, sweep.max_jobs, _gpus(base), progress.hear).do(ready)
     states = cell_states(graph, job_states(folder, graph, alike))
-    _write_table(folder, sweep, graph, alike, [state for state, _ in states])
+    from hpcguard.sweeps.report import write_report  # here, for torch and matplotlib: who only plans waits for nothing
+
+    write_report(folder)
     return _conclude(folder, graph, outcome, Counter(state for state, _ in states))
 
 
@@ -145,22 +146,11 @@ def _say_plan(folder: SweepFolder, sweep: SweepConfig, graph: Graph, todo: list[
         say(f"cost         {rest if total else 'unknown'}{lacking if total else ': no job has been done here yet'}")
 
 
-def _write_table(
-    folder: SweepFolder, sweep: SweepConfig, graph: Graph, alike: dict[str, Any], states: list[str]
-) -> None:
-    table = rows(folder, graph, alike, states)
-    axes = list(dict.fromkeys(name for cell in graph.cells for name in cell.values))
-    with publish(folder.table) as temporary:
-        temporary.write_text(to_csv(table), encoding="utf-8")
-    with publish(folder.summary) as temporary:
-        temporary.write_text(to_markdown(table, axes, sweep.control), encoding="utf-8")
-
-
 def _conclude(folder: SweepFolder, graph: Graph, outcome: Outcome, states: Counter[str]) -> int:
     for name, why in outcome.failed.items():
         say(f"sweep: {name} FAILED: {why} (log: {folder.log(name)})")
     told = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
-    say(f"sweep: {len(graph.cells)} cells: {told}; {folder.table}, {folder.summary}")
+    say(f"sweep: {len(graph.cells)} cells: {told}; {folder.table}, {folder.report}")
     if outcome.held_up:
         say(f"sweep: {len(outcome.held_up)} jobs were not begun, for they need what has failed")
     if outcome.stopped:

@@ -57,6 +57,10 @@ class SweepFolder:
     def summary(self) -> Path:
         return self.path / "table.md"
 
+    @property
+    def report(self) -> Path:
+        return self.path / "report/index.html"
+
     def run(self, job: Job) -> RunFolder:
         return RunFolder(self.path / job.folder)
 
