@@ -28,6 +28,7 @@ from hpcguard.reporting.sweep_tables import (
     effects_sheet,
     gains_sheet,
     means_sheet,
+    signed_points,
     value_text,
 )
 from hpcguard.reporting.tables import MISSING
@@ -138,7 +139,7 @@ def _against_control(gain: Estimate | None) -> str:
         return "That is the control itself."
     if not gain.count:
         return "No cell of the control with the same seed is measured."
-    told = f"That is {100 * gain.mean:+.1f} points from the control".replace("-", "−")
+    told = f"That is {signed_points(gain.mean)} points from the control".replace("-", "−")
     if gain.count == 1:
         return f"{told}, of one pair: whether by chance cannot be told."
     apart = "does not include" if abs(gain.mean) > gain.half else "includes"

@@ -7,7 +7,7 @@ from typing import Any
 from hpcguard.reporting.arms import attack_title
 from hpcguard.reporting.pictures import Picture
 from hpcguard.reporting.sweep_plots import Point, effects_figure, forest_figure, trade_off_figure
-from hpcguard.reporting.sweep_tables import factor_name, level_name, short_names, value_text
+from hpcguard.reporting.sweep_tables import factor_name, level_name, short_names, signed_points, value_text
 from hpcguard.reporting.tables import rows_csv
 from hpcguard.sweeps.effects import Effect
 from hpcguard.sweeps.grid import matches
@@ -136,4 +136,4 @@ def _percent(estimate: Estimate) -> str:
 def _points(estimate: Estimate) -> str:
     if not estimate.count:
         return "not measured"
-    return f"{100 * estimate.mean:+.1f}" + ("" if math.isnan(estimate.half) else f" ± {100 * estimate.half:.1f}")
+    return signed_points(estimate.mean) + ("" if math.isnan(estimate.half) else f" ± {100 * estimate.half:.1f}")

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
@@ -39,10 +40,9 @@ def trade_off_figure(points: Sequence[Point], robust: str) -> bytes:
     front = sorted((each.clean.mean, each.robust.mean) for each in points if each.on_front)
     if front:
         axes.step(*zip(*front, strict=True), where="pre", color=GUIDED[0], linewidth=1.2, zorder=1)
-    others = "no other beats it in both" if any(each.on_front for each in points) else ""
     for label, (colour, marker), chosen in (
-        ("beaten in both by another", REST, [each for each in points if not each.on_front and not each.is_control]),
-        (others, GUIDED, [each for each in points if each.on_front and not each.is_control]),
+        ("beaten by another", REST, [each for each in points if not each.on_front and not each.is_control]),
+        ("Pareto front", GUIDED, [each for each in points if each.on_front and not each.is_control]),
         ("control", CONTROL, [each for each in points if each.is_control]),
     ):
         if chosen:
@@ -69,8 +69,8 @@ def _scatter(axes: Axes, points: Sequence[Point], label: str, colour: str, marke
     x, y = ([getattr(each, name).mean for each in points] for name in ("clean", "robust"))
     axes.errorbar(
         x, y, _spread([each.robust for each in points]), _spread([each.clean for each in points]), fmt=marker,
-        color=colour, ecolor=colour, elinewidth=0.5 if crowded else 0.9, markersize=4 if crowded else 6.5,
-        label=label, zorder=2,
+        color=colour, ecolor=to_rgba(colour, 0.3 if crowded else 1), elinewidth=0.5 if crowded else 0.9,
+        markersize=4 if crowded else 6.5, label=label, zorder=2,
     )  # fmt: skip
 
 
@@ -99,7 +99,9 @@ def forest_figure(names: Sequence[str], gains: Mapping[str, Sequence[Estimate]])
         axes.grid(axis="x", color=FAINT, linewidth=0.6)
         axes.grid(axis="y", color="#efefef", linewidth=0.5)
         axes.set_xlabel(f"{attack_title(measure)}, points", color=INK)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda gain, _: f"{100 * gain:+.3g}" if gain else "0"))
+        axes.xaxis.set_major_formatter(
+            FuncFormatter(lambda gain, _: f"{100 * gain:+.3g}".replace("-", "−") if gain else "0")
+        )
     panels[0].set_yticks(y, names, fontsize=7 if small else 9, parse_math=False)
     panels[0].set_ylim(len(names) - 0.5, -0.5)
     return png(figure)
@@ -142,7 +144,7 @@ def _effect_panel(axes: Axes, effect: Effect, colour: str, marker: str) -> None:
     names = [level_name(effect.factor, level.values) for level in effect.levels]
     crowded = sum(map(len, names)) > 18
     turned: Mapping[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
-    axes.set_xticks(x, names, fontsize=8.5, parse_math=False, **turned)
+    axes.set_xticks(x, names, fontsize=7 if len(names) > 12 else 8.5, parse_math=False, **turned)
     axes.set_xlim(-0.5, len(x) - 0.5)
     axes.set_title(factor_name(effect.factor), fontsize=9.5, color=INK, parse_math=False)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.3g}%"))

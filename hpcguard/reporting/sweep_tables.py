@@ -9,7 +9,7 @@ from hpcguard.reporting.arms import attack_title
 from hpcguard.reporting.tables import MISSING, Table, duration, to_markdown
 from hpcguard.sweeps.axes import shown
 from hpcguard.sweeps.cost import CostLine
-from hpcguard.sweeps.effects import Effect
+from hpcguard.sweeps.effects import NAME, Effect
 from hpcguard.sweeps.means import Estimate, Line
 
 STAGES = {"refine": "training", "attribute": "attribution", "evaluate": "evaluation"}
@@ -45,8 +45,8 @@ def value_text(value: Any) -> str:
 
 
 def short_names(axes: Sequence[str]) -> dict[str, str]:
-    """Dotted keys without their first parts, where two parts tell them apart."""
-    short = {name: ".".join(name.split(".")[-2:]) for name in axes}
+    """Dotted keys without their section, where the rest tells them apart."""
+    short = {name: name.partition(".")[2] or name for name in axes}
     taken = list(short.values())
     return {name: each if taken.count(each) == 1 else name for name, each in short.items()}
 
@@ -99,12 +99,12 @@ def effects_sheet(effects: Sequence[Effect], measures: Sequence[str]) -> Sheet:
 
 def factor_name(factor: Sequence[str]) -> str:
     """A factor of several axes goes by its explicit name, if that is one of them."""
-    return "name" if "name" in factor else ", ".join(_heads(factor))
+    return NAME if NAME in factor else ", ".join(_heads(factor))
 
 
 def level_name(factor: Sequence[str], values: Sequence[Any]) -> str:
     named = dict(zip(factor, values, strict=True))
-    return value_text(named["name"]) if "name" in named else ", ".join(map(value_text, values))
+    return value_text(named[NAME]) if NAME in named else ", ".join(map(value_text, values))
 
 
 def cost_table(lines: Sequence[CostLine]) -> Table:
@@ -183,9 +183,13 @@ def _figures(estimate: Estimate, signed: bool) -> tuple[str, str]:
     """Mean and half width in %; empty where there is none."""
     if not estimate.count:
         return "", ""
-    return f"{100 * estimate.mean:{'+' if signed else ''}.1f}", "" if math.isnan(
-        estimate.half
-    ) else f"{100 * estimate.half:.1f}"
+    half = "" if math.isnan(estimate.half) else f"{100 * estimate.half:.1f}"
+    return signed_points(estimate.mean) if signed else f"{100 * estimate.mean:.1f}", half
+
+
+def signed_points(share: float) -> str:
+    text = f"{100 * share:+.1f}"
+    return "0.0" if text[1:] == "0.0" else text
 
 
 def _best(sheet: Sheet, place: int) -> str:

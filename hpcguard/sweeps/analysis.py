@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hpcguard.sweeps.effects import Effect, main_effects
-from hpcguard.sweeps.means import Line, as_held, gains, means
+from hpcguard.sweeps.effects import NAME, Effect, main_effects
+from hpcguard.sweeps.means import Line, as_held, gains, means, settings
 from hpcguard.sweeps.pareto import CLEAN, main_of, on_front
 from hpcguard.sweeps.table import Row, attacks_in
 
@@ -15,7 +15,7 @@ class Analysis:
     """Figures of one table; computed once, shown in several forms."""
 
     table: Sequence[Row]
-    axes: Sequence[str]
+    axes: Sequence[str]  # that tell the settings apart
     control: Mapping[str, Any]  # as the table has it
     measures: Sequence[str]  # accuracies, from the weakest attack to the strongest
     main: Sequence[str]  # clean, and the strongest attack
@@ -42,6 +42,7 @@ class Analysis:
 
 def analyse(table: Sequence[Row], axes: Sequence[str], control: Mapping[str, Any]) -> Analysis:
     measures = attacks_in(table, axes)
+    axes = telling(table, axes, control)
     main = main_of(measures)
     lines = means(table, axes, measures)
     points = [line for line in lines if len(main) == 2 and all(line.estimates[name].count for name in main)]
@@ -51,3 +52,10 @@ def analyse(table: Sequence[Row], axes: Sequence[str], control: Mapping[str, Any
         main_effects(table, axes, main, control), points,
         on_front([(line.estimates[main[0]].mean, line.estimates[main[1]].mean) for line in points]),
     )  # fmt: skip
+
+
+def telling(table: Sequence[Row], axes: Sequence[str], control: Mapping[str, Any]) -> list[str]:
+    """The axes without those that only cells with a name of their own set: the name stands for them."""
+    grid = [row for row in table if row.get(NAME) is None]
+    kept = [axis for axis in axes if axis == NAME or axis in control or any(row.get(axis) is not None for row in grid)]
+    return kept if len(settings(table, kept)) == len(settings(table, axes)) else list(axes)

@@ -8,6 +8,7 @@ from hpcguard.sweeps.grid import same
 from hpcguard.sweeps.means import Estimate, key_of
 from hpcguard.sweeps.table import Row
 
+NAME = "name"  # of explicit cells
 Factor = tuple[str, ...]
 """Axes that always change together, which no result can tell apart; mostly one."""
 
@@ -56,7 +57,11 @@ def factors(table: Sequence[Row], axes: Sequence[str]) -> list[Factor]:
 def main_effects(
     table: Sequence[Row], axes: Sequence[str], measures: Sequence[str], control: Mapping[str, Any]
 ) -> list[Effect]:
-    """Of every factor on every measure. The reference level is the control's, else the first."""
+    """Of every factor on every measure. The reference level is the control's, else the first.
+
+    Cells with a name of their own are left out where others have none: they stand outside the grid.
+    """
+    table = [row for row in table if row.get(NAME) is None] or table
     found = factors(table, axes)
     effects = []
     for factor in found:

@@ -5,7 +5,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 from hpcguard.sweeps.grid import matches
@@ -22,16 +22,17 @@ class Estimate:
     def count(self) -> int:
         return len(self.values)
 
-    @property
+    @cached_property
     def mean(self) -> float:
         return statistics.fmean(self.values) if self.values else math.nan
 
-    @property
+    @cached_property
     def half(self) -> float:
         """Half the width of the 95% interval by Student's t; nan for a single value, which has none."""
         if self.count < 2:
             return math.nan
-        return _quantile(self.count - 1) * statistics.stdev(self.values) / math.sqrt(self.count)
+        squares = math.fsum((value - self.mean) ** 2 for value in self.values)
+        return _quantile(self.count - 1) * math.sqrt(squares / (self.count - 1) / self.count)
 
 
 @dataclass(frozen=True)
