@@ -2,6 +2,10 @@
 
 import csv
 
+import pytest
+
+from hpcguard.errors import InputError
+from hpcguard.sweeps.axes import options_of
 from hpcguard.sweeps.table import attacks_in, columns, to_csv, units
 
 ROWS = [
@@ -22,3 +26,9 @@ def test_csv_has_every_figure_unrounded_and_nothing_where_there_is_nothing() -> 
     waiting, done = csv.DictReader(to_csv(ROWS).splitlines())
     assert (waiting["width"], waiting["clean"], done["width"]) == ("[4]", "", "")
     assert [float(done[name]) for name in ("clean", "pgd-4")] == [1 / 3, 0.1]
+
+
+@pytest.mark.parametrize("name", ["weights", "state", "clean", "seed"])
+def test_an_axis_is_not_called_as_a_column_is(name: str) -> None:
+    with pytest.raises(InputError, match=f"axes.{name}: the table has a column {name}; rename the axis"):
+        options_of(name, {"a": {}, "b": {"refinement.epochs": 1}}, f"axes.{name}")
