@@ -218,3 +218,22 @@ def test_bad_input_is_one_line(
     (tmp_path / "cells.json").write_text(yaml.safe_dump({"schema": 1}))
     assert run_stage("report", [str(tmp_path)]) == 2
     assert "start the sweep again" in capsys.readouterr().err
+
+
+def test_the_command_that_repeats_the_sweep_plans_the_same_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With labels that YAML reads as truth values, as those of the components' sweep."""
+    switch = {True: {}, False: {"refinement.masking.weight": 0}}
+    cells = [{"name": "long", "masking": False, "refinement.epochs": 9}]
+    folder, _ = make(
+        tmp_path / "sweep", waiting=9, axes={"masking": switch}, zip=[], cells=cells, control={"masking": False}
+    )
+    assert run_stage("report", [str(folder.path)]) == 0
+    words = shlex.split(Page(folder.report.read_text()).commands[0])
+    assert words[:2] == ["hpcguard", "sweep"]
+    monkeypatch.chdir(tmp_path)
+    for again in (words[2:], [str(folder.path)]):
+        capsys.readouterr()
+        assert run_stage("sweep", [*again, "--dry-run"]) == 0
+        assert "cells        9\n" in capsys.readouterr().out
