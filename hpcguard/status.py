@@ -24,7 +24,7 @@ from hpcguard.progress import say
 from hpcguard.reporting.terminal import draw, one_line
 from hpcguard.runs import RunFolder, read_json
 from hpcguard.sweeps.folder import SweepFolder
-from hpcguard.sweeps.overview import lines, overview
+from hpcguard.sweeps.overview import follow, lines, overview
 
 EXAMPLE = (
     "python -m hpcguard.status runs/quickstart",
@@ -73,9 +73,10 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
 
 def run_sweep(path: Path, arguments: argparse.Namespace) -> int:
     """The same for a sweep's folder: its cells and jobs, as it was last started."""
-    if arguments.watch:
-        raise InputError(f"{path}: is a sweep, which --watch does not follow yet; leave it out")
-    state = overview(SweepFolder(path))
+    try:
+        state = follow(SweepFolder(path), arguments.watch) if arguments.watch else overview(SweepFolder(path))
+    except KeyboardInterrupt:
+        state = overview(SweepFolder(path))
     if arguments.json:
         print(json.dumps(state))
     else:

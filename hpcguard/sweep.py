@@ -4,7 +4,8 @@ Writes SWEEP/models/*, SWEEP/stores/* (run folders, by the digest of what they d
 at the end what `hpcguard report SWEEP` writes. Says first how many cells and distinct jobs there are and what is known
 of their cost. Each job is an hpcguard command of its own, max_jobs at once; a failed one holds up only what needs it.
 Killed, interrupted, or with cells added, the same command does what is missing or has failed. The sweep's folder can
-be given in the place of its YAML file.
+be given in the place of its YAML file. With cluster.executor=slurm the jobs go to Slurm as arrays, each behind what it
+needs, and the command returns; --wait follows them. What is queued or runs there is never submitted again.
 """
 
 import argparse
@@ -18,33 +19,42 @@ from hpcguard.config.sweep import SweepConfig, load_sweep
 from hpcguard.errors import InputError
 from hpcguard.progress import duration, say
 from hpcguard.runs import exclusive
+from hpcguard.sweeps import slurm
 from hpcguard.sweeps.evidence import cell_states, damaged, done_jobs, job_states, jobs_to_do, record_of
 from hpcguard.sweeps.folder import SweepFolder, measured_alike, write_plan
 from hpcguard.sweeps.grid import expand, matches, name_of
 from hpcguard.sweeps.jobs import Graph, Job, Kind, plan_jobs
 from hpcguard.sweeps.local import LocalRun, Outcome, seconds_by_kind
+from hpcguard.sweeps.overview import follow
 from hpcguard.sweeps.ready import Ready
+from hpcguard.sweeps.slurm_state import live_jobs, read_submissions
 
 EXAMPLE = (
     "python -m hpcguard.sweep configs/sweeps/components_small.yaml --dry-run",
     "python -m hpcguard.sweep configs/sweeps/components_small.yaml max_jobs=2",
+    "python -m hpcguard.sweep configs/sweeps/components_small.yaml cluster.executor=slurm pack=4 --wait",
     "python -m hpcguard.status runs/sweeps/components_small",
 )
 SECTIONS = ()
 KINDS: dict[Kind, str] = {"refine": "trainings", "attribute": "stores", "evaluate": "evaluations"}
 STOPPED = 75
+WAIT_S = 5.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="say what would be done; start and write nothing")
+    parser.add_argument(
+        "--wait",
+        action="store_true",
+        help="with Slurm: stay until none of its jobs is left there, then write the table",
+    )
 
 
 def run(source: Path, arguments: argparse.Namespace) -> int:
     sweep, base = load_sweep(source, arguments.overrides)
-    if base.cluster.executor == "slurm":
-        raise InputError(
-            "cluster.executor = slurm: a sweep runs its jobs where it is; write local, and start it within a job"
-        )
+    on_slurm = base.cluster.executor == "slurm"
+    if on_slurm:
+        slurm.check_asked(base.cluster.slurm)
     try:
         cells = expand(sweep)
         _check_control(sweep, [cell.values for cell in cells])
@@ -53,14 +63,23 @@ def run(source: Path, arguments: argparse.Namespace) -> int:
         raise InputError(f"{source}: {error}") from error
     folder, alike = SweepFolder(sweep.run), measured_alike(base)
     todo = jobs_to_do(graph, done_jobs(folder, graph, alike))
-    _say_plan(folder, sweep, graph, todo)
+    _say_plan(folder, graph, todo, base.cluster.slurm.tasks_at_once if on_slurm else sweep.max_jobs)
     if arguments.dry_run:
+        if on_slurm:
+            _say_arrays(folder, sweep, base, graph, todo)
         say("dry run: nothing was started or written")
         return 0
     folder.create()
     with exclusive(folder.path):
+        if not on_slurm:
+            _check_free(folder)
         write_plan(folder, sweep, base, graph)
-        return _do(folder, sweep, base, graph)
+        if not on_slurm:
+            return _do(folder, sweep, base, graph)
+        submitted = _submit(folder, sweep, base, graph)
+    if submitted and not arguments.wait:
+        return 0
+    return _conclude(folder, graph, alike, _outcome(follow(folder, WAIT_S)))
 
 
 def _check_control(sweep: SweepConfig, points: list[dict[str, Any]]) -> None:
@@ -68,25 +87,77 @@ def _check_control(sweep: SweepConfig, points: list[dict[str, Any]]) -> None:
         raise InputError(f"control = {sweep.control}: fits no cell; write axes and values as they are above")
 
 
+def _check_free(folder: SweepFolder) -> None:
+    """InputError if Slurm has jobs of the sweep, which would be done twice."""
+    try:
+        live = live_jobs(folder, read_submissions(folder)) if folder.slurm.is_dir() else {}
+    except InputError:  # there is no Slurm here
+        return
+    if live:
+        arrays = " ".join(sorted({task.array for task in live.values()}))
+        raise InputError(
+            f"cluster.executor = local: {len(live)} jobs of {folder.path} are in Slurm's queue; write slurm, wait "
+            f"until they have ended (`hpcguard status {folder.path} --watch`), or `scancel {arrays}`"
+        )
+
+
 def _do(folder: SweepFolder, sweep: SweepConfig, base: Config, graph: Graph) -> int:
     """Do what is missing; the table, a summary and the exit status."""
     alike = measured_alike(base)
-    todo = jobs_to_do(graph, done_jobs(folder, graph, alike))  # again: another process had the lock until now
-    broken = damaged(folder, graph, todo) if todo else {}
-    for name, why in broken.items():
-        say(f"sweep: {name}: {why}; doing it again")
-    wanted = {*todo, *broken}
-    todo = [name for name in graph.jobs if name in wanted]
+    todo = _todo(folder, graph, alike)
     outcome = Outcome()
     if todo:
         progress = _Progress(graph, len(todo))
         ready = Ready(graph, todo, sweep.pack)
         outcome = LocalRun(folder, base, graph, sweep.max_jobs, _gpus(base), progress.hear).do(ready)
-    states = cell_states(graph, job_states(folder, graph, alike))
-    from hpcguard.sweeps.report import write_report  # here, for torch and matplotlib: who only plans waits for nothing
+    return _conclude(folder, graph, alike, outcome)
 
-    write_report(folder)
-    return _conclude(folder, graph, outcome, Counter(state for state, _ in states))
+
+def _todo(folder: SweepFolder, graph: Graph, alike: dict[str, Any]) -> list[str]:
+    """Jobs to do, and those whose files others are to build on and are damaged."""
+    todo = jobs_to_do(graph, done_jobs(folder, graph, alike))  # again: another process had the lock until now
+    broken = damaged(folder, graph, todo) if todo else {}
+    for name, why in broken.items():
+        say(f"sweep: {name}: {why}; doing it again")
+    wanted = {*todo, *broken}
+    return [name for name in graph.jobs if name in wanted]
+
+
+def _submit(folder: SweepFolder, sweep: SweepConfig, base: Config, graph: Graph) -> bool:
+    """Give Slurm what is missing and it does not have; whether it has any of the sweep's jobs now."""
+    todo = _todo(folder, graph, measured_alike(base))
+    if not todo:
+        return False
+    planned = slurm.batch(folder, base.cluster.slurm, graph, todo, sweep.pack)
+    for line in slurm.describe_plan(base.cluster.slurm, planned):
+        say(line)
+    arrays = {task.array for task in planned.live.values()}
+    if planned.arrays:
+        submission = slurm.submit(folder, base.cluster.slurm, planned)
+        say(f"sweep: submission {submission.number}, in {submission.folder}")
+        for line in slurm.describe(submission):
+            say(line)
+        arrays |= {array.job for array in submission.arrays}
+    say(f"  watch it with `hpcguard status {folder.path} --watch`, end it with `scancel {' '.join(sorted(arrays))}`")
+    say("  when it has ended, the same command writes the table, and submits again what is missing or has failed")
+    return True
+
+
+def _say_arrays(folder: SweepFolder, sweep: SweepConfig, base: Config, graph: Graph, todo: list[str]) -> None:
+    asked = base.cluster.slurm
+    try:
+        planned = slurm.batch(folder, asked, graph, todo, sweep.pack)
+    except InputError as error:
+        say(f"slurm        cannot be asked here, so its usual limits are taken: {error}")
+        planned = slurm.batch_unasked(asked, graph, todo, sweep.pack)
+    for line in slurm.describe_plan(asked, planned):
+        say(line)
+
+
+def _outcome(state: dict[str, Any]) -> Outcome:
+    """How a sweep on Slurm has ended, by what `hpcguard status` shows."""
+    failed = {name: str(failure["why"]) for name, failure in state["failed"].items()}
+    return Outcome(failed=failed, held_up=set(state["held_up"]))
 
 
 def _gpus(base: Config) -> int:
@@ -117,7 +188,7 @@ class _Progress:
             say(f"    {why}")
 
 
-def _say_plan(folder: SweepFolder, sweep: SweepConfig, graph: Graph, todo: list[str]) -> None:
+def _say_plan(folder: SweepFolder, graph: Graph, todo: list[str], at_once: int) -> None:
     """Cells, distinct jobs by kind, and what is known of their cost."""
     say(f"sweep        {folder.path}{' (exists)' if folder.path.exists() else ''}")
     distinct = Counter(job.kind for job in graph.jobs.values())
@@ -142,21 +213,27 @@ def _say_plan(folder: SweepFolder, sweep: SweepConfig, graph: Graph, todo: list[
         say(f"  {what:<11}{distinct[kind]:>6}, {missing[kind]} to do{cost}")
     if todo:
         lacking = f"; unknown for {', '.join(unknown)}, none of which has been done here" if unknown else ""
-        rest = f"about {duration(total)} of work, {duration(total / sweep.max_jobs)} with {sweep.max_jobs} at once"
+        rest = f"about {duration(total)} of work, {duration(total / at_once)} with {at_once} at once"
         say(f"cost         {rest if total else 'unknown'}{lacking if total else ': no job has been done here yet'}")
 
 
-def _conclude(folder: SweepFolder, graph: Graph, outcome: Outcome, states: Counter[str]) -> int:
+def _conclude(folder: SweepFolder, graph: Graph, alike: dict[str, Any], outcome: Outcome) -> int:
+    """The report, a summary and the exit status."""
+    from hpcguard.sweeps.report import write_report  # here, for torch and matplotlib: who only plans waits for nothing
+
+    states = [state for state, _ in cell_states(graph, job_states(folder, graph, alike))]
+    write_report(folder)
     for name, why in outcome.failed.items():
-        say(f"sweep: {name} FAILED: {why} (log: {folder.log(name)})")
-    told = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
+        log = record_of(folder, name).get("log")
+        say(f"sweep: {name} FAILED: {why}{f' (log: {log})' if log else ''}")
+    told = ", ".join(f"{count} {state}" for state, count in sorted(Counter(states).items()))
     say(f"sweep: {len(graph.cells)} cells: {told}; {folder.table}, {folder.report}")
     if outcome.held_up:
         say(f"sweep: {len(outcome.held_up)} jobs were not begun, for they need what has failed")
     if outcome.stopped:
         say("sweep: told to stop; the same command goes on from here")
         return STOPPED
-    return 1 if outcome.failed else 0
+    return 0 if set(states) <= {"done"} and not outcome.failed else 1
 
 
 if __name__ == "__main__":

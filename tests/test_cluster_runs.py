@@ -127,6 +127,7 @@ def closed_loop(night: Night) -> None:
     assert "round 1 is in Slurm's queue" in said
     record = LoopFolder(night.run.path).record
     night.wait(lambda: record.exists() and json.loads(record.read_text())["stopped"], "the end of the loop")
+    night.wait(lambda: not night.in_queue(), "its last job")
     first, second = json.loads(record.read_text())["rounds"]
     assert first["jaccard"] is None
     assert 0 <= second["jaccard"] <= 1

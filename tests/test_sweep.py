@@ -219,7 +219,12 @@ WRONG: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
     ("an override without =", {}, ["refinement.epochs"], ["is no override"]),
     ("a wrong override", {}, ["refinement.epochs=many"], ["refinement.epochs = 'many'"]),
     ("a wrong override of the sweep", {}, ["max_jobs=0"], ["max_jobs = 0"]),
-    ("Slurm", {}, ["cluster.executor=slurm"], ["cluster.executor = slurm", "write local"]),
+    (
+        "several tasks in a job of Slurm",
+        {},
+        ["cluster.executor=slurm", "cluster.slurm.refine.tasks_per_node=4"],
+        ["cluster.slurm.refine", "tasks_per_node = 4", "set both to 1"],
+    ),
 ]
 
 

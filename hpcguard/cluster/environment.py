@@ -69,6 +69,18 @@ def only_job_environment(extra: Sequence[str] = ()) -> Iterator[None]:
         _replace_environment(before)
 
 
+@contextmanager
+def outside_step() -> Iterator[None]:
+    """os.environ without what srun told this task, for the block: commands of this job that start ranks themselves."""
+    before = dict(os.environ)
+    own = {name for name in before if JOBS_OWN.fullmatch(name)} - {"SLURM_CONF", "CUDA_VISIBLE_DEVICES"}
+    try:
+        _replace_environment({name: value for name, value in before.items() if name not in own})
+        yield
+    finally:
+        _replace_environment(before)
+
+
 def _is_kept(name: str) -> bool:
     return name in KEPT or (name.startswith(KEPT_PREFIXES) and not SECRET.search(name))
 

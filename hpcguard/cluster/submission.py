@@ -77,20 +77,25 @@ def parse_name(name: str) -> tuple[str, int, int | None]:
     return ("", 0, None) if found is None else (found[1], int(found[2]), None if found[3] is None else int(found[3]))
 
 
+def claim_number(parent: Path) -> tuple[int, Path]:
+    """The next submission's number and its new folder, of nobody else."""
+    parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    number = max((int(path.name) for path in parent.glob("[0-9]*")), default=0)
+    while True:
+        number += 1
+        folder = parent / f"{number:04d}"
+        try:
+            folder.mkdir(mode=0o700)  # fails for all but one, also where locks do not reach other nodes
+            return number, folder
+        except FileExistsError:
+            continue
+
+
 def new_submission(
     run: RunFolder, config: Config, tasks: list[list[int]], by_hand: bool, history: dict[int, list[int]] | None = None
 ) -> Submission:
     """Claim the next number and write down, before anything is submitted, what each task is to do."""
-    run.slurm.mkdir(mode=0o700, parents=True, exist_ok=True)
-    number = max((int(path.name) for path in run.slurm.glob("[0-9]*")), default=0)
-    while True:
-        number += 1
-        folder = run.submission(number)
-        try:
-            folder.mkdir(mode=0o700)  # fails for all but one, also where locks do not reach other nodes
-            break
-        except FileExistsError:
-            continue
+    number, folder = claim_number(run.slurm)
     submission = Submission(folder, number, tasks, by_hand, history or {})
     with publish(submission.config) as temporary:
         temporary.write_text(yaml.safe_dump(_absolute(config), sort_keys=False), encoding="utf-8")

@@ -20,7 +20,7 @@ from hpcguard.cluster import sbatch
 from hpcguard.cluster.environment import only_job_environment
 from hpcguard.cluster.packing import Chunk
 from hpcguard.cluster.task import TOLD
-from hpcguard.config import SlurmConfig
+from hpcguard.config import JobConfig, SlurmConfig
 from hpcguard.errors import InputError
 from hpcguard.runs import check_private
 
@@ -39,6 +39,8 @@ class Array:
     chunk: Chunk
     after: str | None  # the job that must have ended
     memory_gb: float | None  # instead of the configuration's
+    needs: tuple[str, ...] = ()  # jobs and tasks that must have ended well; where one has not, Slurm cancels the array
+    job: JobConfig | None = None  # what a task asks for, where it is not attribution
 
 
 class _Executor(submitit.SlurmExecutor):
@@ -58,8 +60,11 @@ def _executor(array: Array) -> _Executor:
         raise InputError(
             "cluster.executor = slurm: srun is not here; run this on a machine of the cluster, or set it to local"
         )
-    slurm = array.slurm
-    asked = sbatch.options(slurm, slurm.attribute, array.memory_gb)
+    slurm, job = array.slurm, array.job or array.slurm.attribute
+    asked = sbatch.options(slurm, job, array.memory_gb)
+    if array.needs:
+        asked["kill-on-invalid-dep"] = "yes"
+    waits = [f"afterok:{':'.join(array.needs)}"] * bool(array.needs) + [f"afterany:{array.after}"] * bool(array.after)
     executor = _Executor(array.folder, sbatch.python(slurm))
     executor.update_parameters(
         **{keyword: asked.pop(option) for option, keyword in BY_KEYWORD.items()},
@@ -67,10 +72,10 @@ def _executor(array: Array) -> _Executor:
         comment=array.comment,
         wckey=None,
         array_parallelism=array.chunk.parallel,
-        dependency=f"afterany:{array.after}" if array.after else None,
+        dependency=",".join(waits) or None,
         signal_delay_s=slurm.signal_seconds,
         setup=sbatch.setup(slurm),
-        srun_args=sbatch.srun(slurm, slurm.attribute),
+        srun_args=sbatch.srun(slurm, job),
         additional_parameters=asked,
     )
     return executor

@@ -61,9 +61,11 @@ class SweepConfig(Section):
     control: dict[str, Any] = {}
     """{axis: value, ...} of the cells that the table compares each cell with, seed by seed."""
     max_jobs: int = Field(1, gt=0, le=1024)
-    """Processes of stages at once; their own workers and threads come on top."""
+    """Processes of stages at once; their own workers and threads come on top. On Slurm cluster.slurm.tasks_at_once is
+    what counts."""
     pack: int = Field(1, gt=0, le=1000)
-    """Arms of one folder that a process trains or measures one after the other: short ones cost less so."""
+    """Arms of one folder that a process (on Slurm: a task) trains or measures one after the other: short ones cost less
+    so."""
 
 
 def load_sweep(source: Path, overrides: list[str]) -> tuple[SweepConfig, Config]:

@@ -8,6 +8,7 @@ from hpcguard.errors import InputError
 from hpcguard.runs import RunFolder, digest_file, is_claimed, read_json
 from hpcguard.sweeps.folder import SweepFolder
 from hpcguard.sweeps.jobs import Graph, Job
+from hpcguard.sweeps.slurm_state import Seen, look
 
 REMEDY = "start the sweep again"
 
@@ -110,31 +111,47 @@ def record_of(folder: SweepFolder, job: str) -> dict[str, Any]:
 
 
 def job_states(folder: SweepFolder, graph: Graph, alike: Mapping[str, Any]) -> dict[str, str]:
-    """done, running, failed or waiting, of every job."""
-    done, running = done_jobs(folder, graph, alike), running_jobs(folder)
+    """done, running, queued, failed, held up or waiting, of every job."""
+    done = done_jobs(folder, graph, alike)
+    return states_with(folder, graph, done, look(folder, graph.jobs.keys() - done))
+
+
+def states_with(folder: SweepFolder, graph: Graph, done: set[str], seen: Seen) -> dict[str, str]:
+    """The same, of what is known to be done and what Slurm says of the others."""
+    running = running_jobs(folder)
     # Files may be there and damaged, which the stage has found and nothing here looks for.
     built_on = {need for name in graph.jobs.keys() - done for need in graph.jobs[name].needs}
-
-    def state(name: str) -> str:
+    states: dict[str, str] = {}
+    for name, job in graph.jobs.items():  # each behind those that it needs
         if name in running:
-            return "running"
-        if (name not in done or name in built_on) and record_of(folder, name).get("status"):
-            return "failed"
-        return "done" if name in done else "waiting"
-
-    return {name: state(name) for name in graph.jobs}
+            states[name] = "running"
+        elif name in seen.live and name not in done:
+            states[name] = "queued"
+        elif name in seen.ended or ((name not in done or name in built_on) and record_of(folder, name).get("status")):
+            states[name] = "failed"
+        elif name in done:
+            states[name] = "done"
+        else:
+            stuck = any(states[need] in ("failed", "held up") for need in job.needs)
+            states[name] = "held up" if stuck else "waiting"
+    return states
 
 
 def cell_states(graph: Graph, states: Mapping[str, str]) -> list[tuple[str, str]]:
     """Each cell's state, and the job that it is the state of."""
     found = []
     for cell in graph.cells:
-        if states[cell.evaluate] == "done":
-            found.append(("done", cell.evaluate))
-            continue
-        chain = sorted(graph.before([cell.evaluate]))
-        state = next(
-            (state for state in ("running", "failed") if any(states[name] == state for name in chain)), "waiting"
-        )
-        found.append((state, next((name for name in chain if states[name] == state), cell.evaluate)))
+        last, trained = states[cell.evaluate], states[cell.refine]
+        if last in ("done", "failed"):
+            found.append((last, cell.evaluate))
+        elif trained == "failed":
+            found.append((trained, cell.refine))
+        else:
+            chain = sorted(graph.before([cell.evaluate]))
+            first = {state: name for name in reversed(chain) if (state := states[name])}
+            if last == "held up":
+                found.append((last, first["failed"]))
+            else:
+                state = next((state for state in ("running", "queued") if state in first), "waiting")
+                found.append((state, first.get(state, cell.evaluate)))
     return found

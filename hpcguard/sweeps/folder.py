@@ -50,6 +50,11 @@ class SweepFolder:
         return self.running / f"{job}.lock"
 
     @property
+    def slurm(self) -> Path:
+        """A folder for each submission: 0001, 0002, ..."""
+        return self.path / "slurm"
+
+    @property
     def table(self) -> Path:
         return self.path / "table.csv"
 

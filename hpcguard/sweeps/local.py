@@ -56,6 +56,7 @@ class LocalRun:
     max_jobs: int
     gpus: int
     hear: Hear
+    told_to_stop: Callable[[], bool] = lambda: False  # asked besides the signals; once true, always true
     outcome: Outcome = field(default_factory=Outcome)
     children: list[_Child] = field(default_factory=list)
 
@@ -63,11 +64,11 @@ class LocalRun:
         """Do all jobs that can be done; a failed one holds up only what needs it."""
         with told_by(END, TIME_IS_UP) as told:
             try:
-                while not told and self._fill(ready):
+                while not (told or self.told_to_stop()) and self._fill(ready):
                     time.sleep(LOOK_EVERY_S)
                     self._settle(ready)
             finally:
-                self.outcome.stopped = bool(told)
+                self.outcome.stopped = bool(told) or self.told_to_stop()
                 self._stop(ready)
         return self.outcome
 

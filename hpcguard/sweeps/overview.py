@@ -1,22 +1,30 @@
 """How far a sweep is, for `hpcguard status`."""
 
+import time
 from collections import Counter
 from typing import Any
 
-from hpcguard.sweeps.evidence import cell_states, job_states, record_of
+from hpcguard.progress import say
+from hpcguard.sweeps.evidence import cell_states, done_jobs, record_of, states_with
 from hpcguard.sweeps.folder import SweepFolder, read_plan
 from hpcguard.sweeps.grid import name_of
+from hpcguard.sweeps.slurm_state import look
 
 MOST_ROWS = 60
 MOST_FAILED = 10
-MARKS = {"done": "done", "running": "running", "failed": "FAILED", "waiting": "waiting"}
+MARKS = {
+    "done": "done", "running": "running", "queued": "queued", "failed": "FAILED", "held up": "held up",
+    "waiting": "waiting",
+}  # fmt: skip
 STAGES = ("refine", "attribute", "evaluate")
 
 
 def overview(folder: SweepFolder) -> dict[str, Any]:
     """States of all cells and jobs, and why jobs have failed."""
     graph, alike, _ = read_plan(folder)
-    states = job_states(folder, graph, alike)
+    done = done_jobs(folder, graph, alike)
+    seen = look(folder, graph.jobs.keys() - done)
+    states = states_with(folder, graph, done, seen)
     cells = [
         {"values": cell.values, "seed": cell.seed, "state": state, "job": job}
         for cell, (state, job) in zip(graph.cells, cell_states(graph, states), strict=True)
@@ -29,8 +37,39 @@ def overview(folder: SweepFolder) -> dict[str, Any]:
             kind: dict(Counter(state for name, state in states.items() if graph.jobs[name].kind == kind))
             for kind in STAGES
         },
-        "failed": {name: {"why": record.get("why"), "log": record.get("log")} for name, record in failed.items()},
+        "held_up": [name for name, state in states.items() if state == "held up"],
+        "slurm": {"tasks": len({task.id for task in seen.live.values()}), "problem": seen.problem},
+        "failed": {
+            name: {"why": record.get("why") or seen.ended.get(name), "log": record.get("log")}
+            for name, record in failed.items()
+        },
     }
+
+
+def rests(state: dict[str, Any]) -> bool:
+    """Whether nothing of it runs or is queued."""
+    return not state["slurm"]["tasks"] and not any(counts.get("running") for counts in state["jobs"].values())
+
+
+def follow(folder: SweepFolder, seconds: float) -> dict[str, Any]:
+    """Say how far it is whenever that has changed, until nothing of it runs or is queued; the last state."""
+    said = ""
+    while True:
+        state = overview(folder)
+        if said != (line := one_line(state)):
+            say(f"{time.strftime('%H:%M:%S')} {line}")
+            said = line
+        if rests(state):
+            return state
+        time.sleep(seconds)
+
+
+def one_line(state: dict[str, Any]) -> str:
+    """How far it is, for who follows it."""
+    cells = state["cells"]
+    told = f"cells {_counts(Counter(cell['state'] for cell in cells), len(cells))}"
+    jobs: Counter[str] = sum(map(Counter, state["jobs"].values()), Counter())
+    return f"{told}; jobs {_counts(jobs, sum(jobs.values()))}"
 
 
 def lines(state: dict[str, Any]) -> list[str]:
@@ -40,9 +79,13 @@ def lines(state: dict[str, Any]) -> list[str]:
     for kind, counts in state["jobs"].items():
         if counts:
             told.append(f"  {kind:<10}{_counts(counts, sum(counts.values()))}")
+    if state["slurm"]["tasks"]:
+        told.append(f"slurm   {state['slurm']['tasks']} tasks in its queue")
+    if state["slurm"]["problem"]:
+        told.append(f"slurm   unknown: {state['slurm']['problem']}")
     told += ["", *_grid(cells)]
     for name, failure in list(state["failed"].items())[:MOST_FAILED]:
-        told += ["", f"{name} FAILED: {failure['why']}", f"  log: {failure['log']}"]
+        told += ["", f"{name} FAILED: {failure['why']}", *([f"  log: {failure['log']}"] if failure["log"] else [])]
     if len(state["failed"]) > MOST_FAILED:
         told += ["", f"and {len(state['failed']) - MOST_FAILED} more failed jobs; --json has all"]
     return told
@@ -60,7 +103,7 @@ def _grid(cells: list[dict[str, Any]]) -> list[str]:
         rows.setdefault(name_of(cell["values"], None), {})[cell["seed"]] = MARKS[cell["state"]]
     shown = list(rows)
     if len(shown) > MOST_ROWS:
-        busy = [name for name in shown if {"running", "FAILED"} & set(rows[name].values())]
+        busy = [name for name in shown if {"running", "queued", "FAILED"} & set(rows[name].values())]
         shown = [*busy, *(name for name in shown if name not in busy)][:MOST_ROWS]
     width = max(map(len, shown))
     head = f"{'':<{width}}  " + "  ".join(f"{f'seed {seed}':>8}" for seed in seeds)

@@ -68,17 +68,17 @@ def outcomes(flagged: float, count: int = 40) -> dict[str, np.ndarray]:
 
 
 def test_a_point_lies_as_high_as_its_value() -> None:
-    """The marker of the criterion that gains more is the higher one, in both panels."""
+    """The marker of the model on which flagged segments gain more is the higher one, in both panels."""
     radii = (2 / 255, 8 / 255)
     results = {
-        name: summarise_vulnerability(outcomes(share), radii) for name, share in (("weak", 0.2), ("strong", 0.9))
+        name: summarise_vulnerability(outcomes(share), radii) for name, share in (("guided", 0.2), ("baseline", 0.9))
     }
     pixels = np.asarray(picture(vulnerability_figure(results)))[80:]  # below the legend
     for panel in np.split(pixels, [pixels.shape[1] // 2], axis=1):
         rows = {}
-        for name, rgb in (("weak", (0x00, 0x72, 0xB2)), ("strong", (0x6B, 0x6B, 0x6B))):
+        for name, rgb in (("guided", (0x00, 0x72, 0xB2)), ("baseline", (0x6B, 0x6B, 0x6B))):
             rows[name] = np.nonzero((panel == rgb).all(-1))[0]
-        assert np.median(rows["strong"]) < np.median(rows["weak"]) - 50
+        assert np.median(rows["baseline"]) < np.median(rows["guided"]) - 50
 
 
 def test_an_attack_that_gains_nothing_has_no_ratio_and_is_drawn_all_the_same() -> None:

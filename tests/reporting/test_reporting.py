@@ -132,7 +132,8 @@ def test_duration(seconds: float, shown: str) -> None:
 def test_names_of_the_field() -> None:
     titles = [attack_title(name) for name in ("clean", "fgsm", "pgd-20x3", "autoattack", "autoattack-fast")]
     assert titles == ["clean", "FGSM", "PGD-20x3", "AutoAttack", "AutoAttack-fast"]
-    assert radius(8 / 255) == "0.031 (8/255)" and radius(0.1) == "0.100 (25.5/255)"
+    assert radius({"eps": 8 / 255}) == "0.031 (8/255)" and radius({"eps": 0.1, "norm": "linf"}) == "0.100 (25.5/255)"
+    assert radius({"eps": 0.5, "norm": "l2"}) == "0.5 (L2)"
 
 
 # Sentences
@@ -327,9 +328,11 @@ def page(**changes: Any) -> str:
         "stability": stability_table(arms()), "training": training_table(arms()), "losses": loss_table(arms()),
         "curves": None, "attribution": attribution_table(store()), "commands": ["python -m hpcguard.report x"],
         "hardware": Table(["arm"], [["a"]]), "settings": "run: <x>", "rounds": None, "by_round": None,
-        "cost": cost_table(arms(), store()),
+        "cost": cost_table(arms(), store()), "norm": "L2",
     }  # fmt: skip
-    return render_page({**values, **changes})
+    measured = ("paired", "alarms", "by_radius", "corruptions", "corrupted", "each_corruption", "quality", "claim",
+                "claims", "bound")  # fmt: skip
+    return render_page({**values, **dict.fromkeys(measured), **changes})
 
 
 def test_page_escapes_everything() -> None:

@@ -1,0 +1,127 @@
+"""A sweep's jobs as Slurm arrays; all of it is in Slurm's hands when this returns."""
+
+from collections.abc import Sequence, Set
+from contextlib import suppress
+from dataclasses import dataclass
+
+from hpcguard.cluster import sbatch, slurm
+from hpcguard.cluster.packing import Chunk
+from hpcguard.cluster.submission import Job, job_name, parse_name
+from hpcguard.cluster.submit import Array, submit_array
+from hpcguard.config import JobConfig, SlurmConfig
+from hpcguard.errors import InputError
+from hpcguard.sweeps.folder import SweepFolder
+from hpcguard.sweeps.jobs import Graph, Kind
+from hpcguard.sweeps.slurm_arrays import TaskArray, arrange
+from hpcguard.sweeps.slurm_state import Submission, live_jobs, new_submission, read_submissions
+from hpcguard.sweeps.slurm_task import sweep_task
+
+MAX_ARRAY_SIZE = 1001  # Slurm's default, where it cannot be asked
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is to be submitted, and what Slurm has already."""
+
+    arrays: list[TaskArray]
+    live: dict[str, slurm.QueuedJob]  # by job
+
+    @property
+    def tasks(self) -> list[list[str]]:
+        return [task for array in self.arrays for task in array.tasks]
+
+
+def check_asked(asked: SlurmConfig) -> None:
+    """InputError unless each job asks for one process on one node, which starts the others."""
+    for kind, job in (("attribute", asked.attribute), ("refine", asked.refine), ("evaluate", asked.evaluate)):
+        if job.nodes * job.tasks_per_node > 1:
+            raise InputError(
+                f"cluster.slurm.{kind}: nodes = {job.nodes}, tasks_per_node = {job.tasks_per_node}: a sweep's job is "
+                f"one task on one node; set both to 1 (processes and workers are started there, one a GPU)"
+            )
+
+
+def batch(folder: SweepFolder, asked: SlurmConfig, graph: Graph, todo: Sequence[str], per_task: int) -> Batch:
+    """What of `todo` Slurm does not have already, within the cluster's limits; InputError where it has no room."""
+    live = live_jobs(folder, read_submissions(folder))
+    limits = slurm.limits(asked.account or "", asked.partition or "", asked.qos or "")
+    arrays = _arranged(asked, graph, todo, live.keys(), per_task, limits.max_array_size)
+    tasks = sum(len(array.tasks) for array in arrays)
+    room = limits.max_jobs if limits.max_submit is None else min(limits.max_jobs, limits.max_submit - limits.queued)
+    if tasks > room:
+        raise InputError(
+            f"{tasks} tasks to submit, and Slurm takes {max(room, 0)} more of this user: raise pack = {per_task}, "
+            "or wait until some have ended (squeue --me)"
+        )
+    return Batch(arrays, live)
+
+
+def batch_unasked(asked: SlurmConfig, graph: Graph, todo: Sequence[str], per_task: int) -> Batch:
+    """The same where no Slurm is at hand: as if it had nothing and its limits were the usual ones."""
+    return Batch(_arranged(asked, graph, todo, set(), per_task, MAX_ARRAY_SIZE), {})
+
+
+def _arranged(
+    asked: SlurmConfig, graph: Graph, todo: Sequence[str], live: Set[str], per_task: int, largest: int
+) -> list[TaskArray]:
+    return arrange(graph, [name for name in todo if name not in live], live, per_task, largest, asked.tasks_at_once)
+
+
+def submit(folder: SweepFolder, asked: SlurmConfig, planned: Batch) -> Submission:
+    """Submit the arrays in their order. If Slurm refuses any, all are taken back: InputError."""
+    submission = new_submission(folder, planned.tasks)
+    ids = {name: task.id for name, task in planned.live.items()}
+    first = 0
+    try:
+        for array in planned.arrays:
+            after = None if array.after is None else submission.arrays[array.after].job
+            needs = tuple(dict.fromkeys(ids[name] for name in array.needs))
+            id = submit_array(sweep_task, sbatch_array(folder, submission, asked, array, first, needs, after))
+            job = Job(array.kind, id, first, len(array.tasks))
+            submission.add(job)
+            for task, task_id in zip(array.tasks, job.ids(), strict=True):
+                ids |= dict.fromkeys(task, task_id)
+            first += len(array.tasks)
+    except InputError:
+        submission.take_back()
+        with suppress(InputError):  # the first fault is the one to tell
+            named = [job.array for job in slurm.queue_of(folder.path) if parse_name(job.name)[1] == submission.number]
+            slurm.cancel(sorted({*named, *(job.job for job in submission.arrays)}))
+        raise
+    return submission
+
+
+def sbatch_array(
+    folder: SweepFolder, submission: Submission, asked: SlurmConfig, array: TaskArray, first: int,
+    needs: tuple[str, ...], after: str | None,
+) -> Array:  # fmt: skip
+    return Array(
+        submission.folder.resolve(), asked, job_name(array.kind, submission.number, first), str(folder.path.resolve()),
+        Chunk(first, len(array.tasks), array.parallel, array.after), after, None, needs, asks_for(asked, array.kind),
+    )  # fmt: skip
+
+
+def asks_for(asked: SlurmConfig, kind: Kind) -> JobConfig:
+    return {"attribute": asked.attribute, "refine": asked.refine, "evaluate": asked.evaluate}[kind]
+
+
+def describe_plan(asked: SlurmConfig, planned: Batch) -> list[str]:
+    """Arrays, tasks and what they ask for, before anything is submitted."""
+    arrays, tasks = planned.arrays, planned.tasks
+    held = f"; {len({task.id for task in planned.live.values()})} tasks are in its queue already" * bool(planned.live)
+    lines = [f"slurm        {len(arrays)} arrays, {len(tasks)} tasks, at most {asked.tasks_at_once} at once{held}"]
+    for kind in dict.fromkeys(array.kind for array in arrays):
+        own = [array for array in arrays if array.kind == kind]
+        count, most = sum(len(array.tasks) for array in own), max(len(task) for array in own for task in array.tasks)
+        wanted = sbatch.options(asked, asks_for(asked, kind))
+        options = " ".join(f"--{name}" if value is True else f"--{name}={value}" for name, value in wanted.items())
+        lines.append(f"  {kind:<10} {len(own)} arrays, {count} tasks of up to {most} jobs: sbatch {options}")
+    return lines
+
+
+def describe(submission: Submission) -> list[str]:
+    """What was submitted, for the user."""
+    return [
+        f"  {array.kind:<10} job {array.job}: {array.tasks} task{'s' if array.tasks > 1 else ''}"
+        for array in submission.arrays
+    ]

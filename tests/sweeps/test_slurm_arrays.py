@@ -1,0 +1,140 @@
+"""What goes into which task and array, and waits for what; by hand on a small graph."""
+
+import itertools
+import random
+from pathlib import Path
+
+import pytest
+
+from hpcguard.cluster.submit import Array, array_text
+from hpcguard.config import Config
+from hpcguard.errors import InputError
+from hpcguard.sweeps.folder import SweepFolder
+from hpcguard.sweeps.jobs import Graph, Inputs, Job
+from hpcguard.sweeps.slurm import asks_for, check_asked, sbatch_array
+from hpcguard.sweeps.slurm_arrays import TaskArray, arrange, lanes
+from hpcguard.sweeps.slurm_state import Submission
+
+
+def make_graph(*stores: str, arms: str = "abc") -> Graph:
+    """base, then a store each with its guided arms; p and q are not guided and wait for nothing. All are evaluated."""
+    jobs = [Job("refine-base", "refine", "models/m", "base", ())]
+    for store in stores:
+        jobs.append(Job(f"attribute-{store}", "attribute", f"stores/{store}", "", ("refine-base",)))
+        jobs += [Job(f"refine-{store}{a}", "refine", f"stores/{store}", a, (f"attribute-{store}",)) for a in arms]
+    jobs += [Job(f"refine-{arm}", "refine", "models/m", arm, ()) for arm in "pq"]
+    jobs += [
+        Job(f"evaluate-{job.name.removeprefix('refine-')}", "evaluate", job.folder, job.arm, (job.name,))
+        for job in jobs
+        if job.kind == "refine"
+    ]
+    inputs = {job.name: Inputs(None, None, None) for job in jobs}  # type: ignore[arg-type]
+    return Graph([], {job.name: job for job in jobs}, inputs)
+
+
+def arranged(graph: Graph, pack: int = 2, live: frozenset[str] = frozenset(), **more: int) -> list[TaskArray]:
+    todo = [name for name in graph.jobs if name not in live]
+    return arrange(graph, todo, live, pack, **{"largest": 1000, "at_once": 64, **more})
+
+
+def test_each_array_waits_for_its_own_store_and_no_other() -> None:
+    arrays = arranged(make_graph("s", "t"))
+    assert [(array.kind, array.needs, array.tasks) for array in arrays] == [
+        ("refine", (), [["refine-base"], ["refine-p", "refine-q", "evaluate-p", "evaluate-q"]]),
+        ("attribute", ("refine-base",), [["attribute-s"], ["attribute-t"]]),
+        *(
+            ("refine", (f"attribute-{s}",),
+             [[f"refine-{s}a", f"refine-{s}b", f"evaluate-{s}a", f"evaluate-{s}b"], [f"refine-{s}c", f"evaluate-{s}c"]])
+            for s in "st"
+        ),
+        ("evaluate", ("refine-base",), [["evaluate-base"]]),  # its own task: the stores do not wait for it
+    ]  # fmt: skip
+
+
+def test_what_slurm_has_is_waited_for_and_not_submitted_again() -> None:
+    graph = make_graph("s")
+    live = frozenset({"refine-base", "attribute-s", "refine-sa", "evaluate-sa"})
+    arrays = arranged(graph, live=live)
+    assert {(name, array.needs) for array in arrays for task in array.tasks for name in task} == {
+        *((name, ("attribute-s",)) for name in ("refine-sb", "refine-sc", "evaluate-sb", "evaluate-sc")),
+        *((name, ()) for name in ("refine-p", "refine-q", "evaluate-p", "evaluate-q")),
+        ("evaluate-base", ("refine-base",)),
+    }
+
+
+def test_what_is_done_is_not_waited_for() -> None:
+    graph = make_graph("s")
+    (array,) = arrange(graph, ["evaluate-sa", "evaluate-sb", "evaluate-p"], set(), 4, 1000, 64)
+    assert (array.kind, array.needs, array.tasks) == ("evaluate", (), [["evaluate-sa", "evaluate-sb"], ["evaluate-p"]])
+
+
+@pytest.mark.parametrize(("pack", "largest", "at_once"), itertools.product((1, 3), (1, 4), (1, 3, 64)))
+def test_every_job_once_behind_its_needs_and_never_too_many_at_once(pack: int, largest: int, at_once: int) -> None:
+    graph = make_graph("s", "t", "u", arms="abcde")
+    done = set(random.Random(pack).sample(sorted(graph.jobs), 8))
+    todo = [name for name in graph.jobs if name not in done]
+    arrays = arrange(graph, todo, set(), pack, largest, at_once)
+    assert sorted(name for array in arrays for task in array.tasks for name in task) == sorted(todo)
+    seen: set[str] = set()
+    for place, array in enumerate(arrays):
+        assert len(array.tasks) <= largest and array.parallel >= 1
+        assert set(array.needs) <= seen
+        assert array.after is None or array.after < place
+        for task in array.tasks:
+            assert {need for name in task for need in graph.jobs[name].needs} <= {*done, *array.needs, *task}
+            assert sum(graph.jobs[name].kind == "refine" for name in task) <= pack
+        seen |= {name for task in array.tasks for name in task}
+    heads = [array for array in arrays if array.after is None]
+    assert sum(array.parallel for array in heads) <= at_once
+    assert all(array.parallel <= 1 for array in arrays if array.after is not None)
+
+
+def test_lanes_share_the_cap() -> None:
+    assert lanes([1, 1, 100, 50], 64) == [(1, None), (1, None), (31, None), (31, None)]
+    assert lanes([2, 5], 64) == [(2, None), (5, None)]
+    assert lanes([9, 9, 9], 2) == [(1, None), (1, None), (1, 0)]
+    assert lanes([], 4) == []
+
+
+def config(**slurm: object) -> Config:
+    return Config(cluster={"executor": "slurm", "slurm": slurm})
+
+
+@pytest.fixture
+def srun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """submitit wants to see an srun, even if only text is made."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/srun").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+
+
+def text(array: TaskArray, needs: tuple[str, ...], after: str | None) -> list[str]:
+    asked = config(
+        partition="gpu", attribute={"minutes": 5}, refine={"minutes": 90, "gpus_per_node": 1, "cpus_per_task": 6}
+    ).cluster.slurm
+    submission = Submission(Path("/sweeps/x/slurm/0002"), 2, [])
+    given: Array = sbatch_array(SweepFolder(Path("/sweeps/x")), submission, asked, array, 7, needs, after)
+    return array_text(given).splitlines()
+
+
+def test_the_sbatch_script_of_an_array(srun: None) -> None:
+    lines = text(TaskArray("refine", [["a"], ["b"], ["c"]], ("s",), 2, None), ("41_3", "50"), "48")
+    for line in (
+        "--array=0-2%2", "--dependency=afterok:41_3:50,afterany:48", "--kill-on-invalid-dep=yes", "--time=90",
+        "--gpus-per-node=1", "--partition=gpu", "--job-name=hpcguard-refine-0002-7", "--comment=/sweeps/x", "--requeue",
+    ):  # fmt: skip
+        assert f"#SBATCH {line}" in lines, line
+
+
+def test_without_needs_nothing_is_waited_for(srun: None) -> None:
+    lines = text(TaskArray("attribute", [["s"]], (), 1, None), (), None)
+    assert "#SBATCH --time=5" in lines
+    assert not [line for line in lines if "dependency" in line or "invalid-dep" in line or "gpus" in line]
+
+
+def test_a_job_of_several_tasks_is_refused() -> None:
+    asked = config(refine={"tasks_per_node": 4}).cluster.slurm
+    with pytest.raises(InputError, match=r"cluster.slurm.refine: .*tasks_per_node = 4.*set both to 1"):
+        check_asked(asked)
+    check_asked(config().cluster.slurm)
+    assert asks_for(asked, "refine") is asked.refine

@@ -1,0 +1,116 @@
+"""What a task does inside its job, without a cluster."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hpcguard.cluster import slurm, submit
+from hpcguard.config.sweep import load_sweep
+from hpcguard.errors import InputError
+from hpcguard.runs import exclusive
+from hpcguard.sweeps import slurm_task
+from hpcguard.sweeps.folder import SweepFolder, write_plan
+from hpcguard.sweeps.grid import expand
+from hpcguard.sweeps.jobs import plan_jobs
+from hpcguard.sweeps.slurm_state import look, new_submission, read_submissions
+
+OFF = {"masking": {"weight": 0}, "sensitivity": {"weight": 0}}
+
+
+@pytest.fixture
+def submitted(
+    tmp_path: Path, make_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., SweepFolder]:
+    """A sweep of one cell that needs no store, as if its one task had just been started."""
+
+    def make(**refinement: Any) -> SweepFolder:
+        base = make_config(tmp_path, cluster={"executor": "slurm", "workers": 1, "shards": 1})
+        cell = {"name": "one", "refinement": {**OFF, "start": "scratch", **refinement}}
+        path = tmp_path / "sweep.yaml"
+        path.write_text(yaml.safe_dump({"run": str(tmp_path / "sweep"), "base": str(base), "cells": [cell]}))
+        sweep, config = load_sweep(path, [])
+        folder, graph = SweepFolder(sweep.run), plan_jobs(sweep.run, config, expand(sweep))
+        folder.create()
+        write_plan(folder, sweep, config, graph)
+        submission = new_submission(folder, [list(graph.jobs)])
+        monkeypatch.setattr(submit, "own_submission", lambda: submission.folder)
+        return folder
+
+    return make
+
+
+def test_warned_it_saves_and_asks_to_be_run_again(
+    submitted: Callable[..., SweepFolder], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = submitted(epochs=100_000)
+    states = "models/*/checkpoints/*/state-*"
+    warnings = iter([True])  # a signal is taken once
+    monkeypatch.setattr(submit, "told_to_stop", lambda: bool(list(folder.path.glob(states))) and next(warnings, False))
+    asked: list[float] = []
+    monkeypatch.setattr(slurm, "requeue_self", lambda: asked.append(time.monotonic()))
+    with pytest.raises(SystemExit) as ended:
+        slurm_task.sweep_task(0)
+    assert ended.value.code == 1 and len(asked) == 1
+    (log,) = folder.path.glob("logs/*.log")
+    assert "was told to stop and is saved" in log.read_text()
+    assert not list(folder.path.glob("jobs/*.json"))  # it has not failed
+    with exclusive(next(folder.path.glob("models/*/checkpoints/*")), 0):  # nobody is training on
+        pass
+    assert "to be requeued" in capsys.readouterr().out
+
+
+def test_a_failure_is_recorded_and_is_the_jobs_end(
+    submitted: Callable[..., SweepFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = submitted(batch_size=4096)
+    monkeypatch.setattr(submit, "told_to_stop", lambda: False)
+    monkeypatch.setattr(slurm, "requeue_self", lambda: pytest.fail("it was not warned"))
+    with pytest.raises(SystemExit) as ended:
+        slurm_task.sweep_task(0)
+    assert ended.value.code == 1
+    (record,) = folder.path.glob("jobs/*.json")
+    assert "batch_size = 4096" in json.loads(record.read_text())["why"]
+
+
+def test_a_task_whose_sweep_has_other_jobs_by_now_says_so(submitted: Callable[..., SweepFolder]) -> None:
+    folder = submitted()
+    (path,) = folder.path.glob("slurm/0001/submission.json")
+    path.write_text(path.read_text().replace('"refine-', '"refine-f'))
+    with pytest.raises(InputError, match="has changed since it was submitted; start the sweep again"):
+        slurm_task.sweep_task(0)
+
+
+def test_jobs_in_the_queue_are_known_by_the_names_of_their_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = SweepFolder(tmp_path / "sweep")
+    folder.create()
+    folder.sweep.touch()
+    new_submission(folder, [["refine-a", "evaluate-a"], ["refine-b"], ["attribute-s"]])
+    assert [each.number for each in read_submissions(folder)] == [1]
+
+    def queued(id: str, index: int | None, name: str, of: Path) -> slurm.QueuedJob:
+        return slurm.QueuedJob(id, id.partition("_")[0], index, "PENDING", "Dependency", name, str(of))
+
+    monkeypatch.setattr(
+        slurm, "queue", lambda: [
+            queued("7_1", 1, "hpcguard-refine-0001-0", folder.path),
+            queued("8", None, "hpcguard-attribute-0001-2", folder.path),
+            queued("9_0", 0, "hpcguard-refine-0001-0", tmp_path / "other"), queued("10", None, "mine", folder.path),
+        ],
+    )  # fmt: skip
+    seen = look(folder, ["refine-a", "refine-b", "attribute-s"])
+    assert {name: task.id for name, task in seen.live.items()} == {"refine-b": "7_1", "attribute-s": "8"}
+    assert seen.ended == {} and seen.problem == ""
+
+    def silent() -> list[slurm.QueuedJob]:
+        raise InputError("squeue: no answer")
+
+    monkeypatch.setattr(slurm, "queue", silent)
+    assert look(folder, ["refine-a"]).problem == "squeue: no answer"
+    assert look(folder, []).problem == ""  # all is done: nobody is asked
