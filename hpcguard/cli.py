@@ -29,6 +29,7 @@ STAGES = (
 )  # fmt: skip
 OF_STORES = ("inspect", "export")
 OF_SWEEPS = ("sweep",)  # take a sweep's YAML file or folder
+OF_BOTH = ("status", "report")  # take a sweep's folder too: `run_sweep(path, arguments)`
 OF_RESULTS = ("compare",)
 LOOKING = ("status",)  # reads others' run folders and runs nothing of theirs
 ALIASES = {"retry": "attribute"}
@@ -82,7 +83,7 @@ def run_stage(name: str, given: list[str] | None = None) -> int:
         source = Path(arguments.config)
         if name in OF_STORES + OF_SWEEPS:
             return int(stage.run(source, arguments))
-        if name == "status" and is_sweep(source):
+        if name in OF_BOTH and is_sweep(source):
             return int(stage.run_sweep(source, arguments))
         config = load_config(source, arguments.overrides)
         if config.run.is_dir() and name not in LOOKING:

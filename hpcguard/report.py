@@ -2,7 +2,9 @@
 
 Reads RUN/results, the checkpoints' training.json and log.jsonl, store.json, and of a round the loop's loop.json, as far
 as they are there. Writes RUN/report/index.html (self-contained), results.md, and every figure as a PNG with its
-numbers as a CSV. Arms that were measured with different settings are refused, not mixed.
+numbers as a CSV. Arms that were measured with different settings are refused, not mixed. Of a sweep's folder: its
+tables (table.csv, .h5, .md, .tex) and report/ with means over seeds, differences from the control, main effects, the
+Pareto front, cost, and every cell's commands.
 """
 
 import argparse
@@ -29,7 +31,7 @@ from hpcguard.reporting.arms import (
     parse_log,
     radius,
 )
-from hpcguard.reporting.html import render_page
+from hpcguard.reporting.html import render_page, without_machine_paths
 from hpcguard.reporting.measures import (
     alarm_table,
     bound_table,
@@ -65,10 +67,13 @@ from hpcguard.reporting.tables import (
 from hpcguard.runs import LoopFolder, RunFolder, differences, digest_file, publish, read_json
 from hpcguard.store import open_rows, read_table
 from hpcguard.store.schema import rows_problem
+from hpcguard.sweeps.folder import SweepFolder
+from hpcguard.sweeps.report import write_report
 
 EXAMPLE = (
     "python -m hpcguard.report runs/quickstart",
     "python -m hpcguard.report configs/quickstart.yaml",
+    "python -m hpcguard.report runs/sweeps/components_small",
 )
 SECTIONS = ("data", "evaluation", "controls")
 OWN = (
@@ -108,6 +113,14 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
     for warning in warnings:
         say(f"note: {warning}")
     say(f"report: {folder.report}")
+    return 0
+
+
+def run_sweep(path: Path, arguments: argparse.Namespace) -> int:
+    """The same for a sweep's folder, as far as it is done."""
+    if arguments.overrides:
+        raise InputError(f"{arguments.overrides[0]}: a sweep's report has no keys; `hpcguard sweep` takes them")
+    say(f"report: {write_report(SweepFolder(path))}")
     return 0
 
 
@@ -235,7 +248,7 @@ def _page(
         "attribution": attribution_table(store) if store else None,
         "commands": _commands(config, arms, store),
         "hardware": hardware_table(arms),
-        "settings": yaml.safe_dump(_without_machine_paths(config.model_dump(mode="json")), sort_keys=False),
+        "settings": yaml.safe_dump(without_machine_paths(config.model_dump(mode="json")), sort_keys=False),
     }
     return values, [accuracy, *filter(None, [by_radius, corrupted, claim, curves, by_round]), *explained]
 
@@ -280,15 +293,6 @@ def _commands(config: Config, arms: list[Arm], store: dict[str, Any] | None) -> 
         f"python -m hpcguard.{stage} {shlex.quote(source)} {shlex.quote(f'run={source}-repeat')} {option}".rstrip()
         for stage, _, option in words
     ]
-
-
-def _without_machine_paths(value: Any) -> Any:
-    """`value` with every absolute path cut down to its last name: where files lay is nobody's business."""
-    if isinstance(value, dict):
-        return {key: _without_machine_paths(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_machine_paths(each) for each in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _markdown(config: Config, arms: list[Arm], warnings: list[str]) -> str:

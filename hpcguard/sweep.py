@@ -1,8 +1,8 @@
 """A sweep: cells over the axes of a base configuration, each trained and measured, with what they share done once.
 
 Writes SWEEP/models/*, SWEEP/stores/* (run folders, by the digest of what they depend on), SWEEP/logs/*, and
-SWEEP/table.csv and table.md at the end. Says first how many cells and distinct jobs there are and what is known of
-their cost. Each job is an hpcguard command of its own, max_jobs at once; a failed one holds up only what needs it.
+at the end what `hpcguard report SWEEP` writes. Says first how many cells and distinct jobs there are and what is known
+of their cost. Each job is an hpcguard command of its own, max_jobs at once; a failed one holds up only what needs it.
 Killed, interrupted, or with cells added, the same command does what is missing or has failed. The sweep's folder can
 be given in the place of its YAML file. With cluster.executor=slurm the jobs go to Slurm as arrays, each behind what it
 needs, and the command returns; --wait follows them. What is queued or runs there is never submitted again.
@@ -18,7 +18,7 @@ from hpcguard.config import Config
 from hpcguard.config.sweep import SweepConfig, load_sweep
 from hpcguard.errors import InputError
 from hpcguard.progress import duration, say
-from hpcguard.runs import exclusive, publish
+from hpcguard.runs import exclusive
 from hpcguard.sweeps import slurm
 from hpcguard.sweeps.evidence import cell_states, damaged, done_jobs, job_states, jobs_to_do, record_of
 from hpcguard.sweeps.folder import SweepFolder, measured_alike, write_plan
@@ -28,7 +28,6 @@ from hpcguard.sweeps.local import LocalRun, Outcome, seconds_by_kind
 from hpcguard.sweeps.overview import follow
 from hpcguard.sweeps.ready import Ready
 from hpcguard.sweeps.slurm_state import live_jobs, read_submissions
-from hpcguard.sweeps.table import rows, to_csv, to_markdown
 
 EXAMPLE = (
     "python -m hpcguard.sweep configs/sweeps/components_small.yaml --dry-run",
@@ -80,7 +79,7 @@ def run(source: Path, arguments: argparse.Namespace) -> int:
         submitted = _submit(folder, sweep, base, graph)
     if submitted and not arguments.wait:
         return 0
-    return _conclude(folder, sweep, graph, alike, _outcome(follow(folder, WAIT_S)))
+    return _conclude(folder, graph, alike, _outcome(follow(folder, WAIT_S)))
 
 
 def _check_control(sweep: SweepConfig, points: list[dict[str, Any]]) -> None:
@@ -111,7 +110,7 @@ def _do(folder: SweepFolder, sweep: SweepConfig, base: Config, graph: Graph) -> 
         progress = _Progress(graph, len(todo))
         ready = Ready(graph, todo, sweep.pack)
         outcome = LocalRun(folder, base, graph, sweep.max_jobs, _gpus(base), progress.hear).do(ready)
-    return _conclude(folder, sweep, graph, alike, outcome)
+    return _conclude(folder, graph, alike, outcome)
 
 
 def _todo(folder: SweepFolder, graph: Graph, alike: dict[str, Any]) -> list[str]:
@@ -218,26 +217,17 @@ def _say_plan(folder: SweepFolder, graph: Graph, todo: list[str], at_once: int) 
         say(f"cost         {rest if total else 'unknown'}{lacking if total else ': no job has been done here yet'}")
 
 
-def _write_table(
-    folder: SweepFolder, sweep: SweepConfig, graph: Graph, alike: dict[str, Any], states: list[str]
-) -> None:
-    table = rows(folder, graph, alike, states)
-    axes = list(dict.fromkeys(name for cell in graph.cells for name in cell.values))
-    with publish(folder.table) as temporary:
-        temporary.write_text(to_csv(table), encoding="utf-8")
-    with publish(folder.summary) as temporary:
-        temporary.write_text(to_markdown(table, axes, sweep.control), encoding="utf-8")
+def _conclude(folder: SweepFolder, graph: Graph, alike: dict[str, Any], outcome: Outcome) -> int:
+    """The report, a summary and the exit status."""
+    from hpcguard.sweeps.report import write_report  # here, for torch and matplotlib: who only plans waits for nothing
 
-
-def _conclude(folder: SweepFolder, sweep: SweepConfig, graph: Graph, alike: dict[str, Any], outcome: Outcome) -> int:
-    """The table, a summary and the exit status."""
     states = [state for state, _ in cell_states(graph, job_states(folder, graph, alike))]
-    _write_table(folder, sweep, graph, alike, states)
+    write_report(folder)
     for name, why in outcome.failed.items():
         log = record_of(folder, name).get("log")
         say(f"sweep: {name} FAILED: {why}{f' (log: {log})' if log else ''}")
     told = ", ".join(f"{count} {state}" for state, count in sorted(Counter(states).items()))
-    say(f"sweep: {len(graph.cells)} cells: {told}; {folder.table}, {folder.summary}")
+    say(f"sweep: {len(graph.cells)} cells: {told}; {folder.table}, {folder.report}")
     if outcome.held_up:
         say(f"sweep: {len(outcome.held_up)} jobs were not begun, for they need what has failed")
     if outcome.stopped:

@@ -16,6 +16,7 @@ SECTIONS = ("data", "model", "attribution", "baseline", "refinement")  # that an
 ROUNDS = "rounds"
 NO_RESULT = ("cluster", "device", "run", "loop", "controls")
 MOST = 100_000
+TAKEN = ("seed", "name", "state", "clean", "flagged", "left_out", "weights")
 
 
 class Option(NamedTuple):
@@ -27,8 +28,8 @@ class Option(NamedTuple):
 
 def options_of(name: str, given: Any, where: str) -> list[Option]:
     """The values of one axis, as a list, a range or labels with their changes."""
-    if name in ("seed", "name"):
-        raise InputError(f"{where}: the name is taken; for seeds write seeds: [0, 1, 2]")
+    if name in TAKEN:
+        raise InputError(f"{where}: the table has a column {name}; rename the axis (for seeds write seeds: [0, 1, 2])")
     if isinstance(given, dict) and "range" not in given:
         options = [Option({name: label(key)}, _changes(value, f"{where}.{label(key)}")) for key, value in given.items()]
     else:

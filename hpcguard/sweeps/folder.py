@@ -62,6 +62,10 @@ class SweepFolder:
     def summary(self) -> Path:
         return self.path / "table.md"
 
+    @property
+    def report(self) -> Path:
+        return self.path / "report/index.html"
+
     def run(self, job: Job) -> RunFolder:
         return RunFolder(self.path / job.folder)
 
@@ -85,8 +89,9 @@ def measured_alike(base: Config) -> dict[str, Any]:
 
 def write_plan(folder: SweepFolder, sweep: SweepConfig, base: Config, graph: Graph) -> None:
     """Publish the sweep and its plan. Files of cells that it no longer has stay where they are."""
-    values = sweep.model_dump(mode="json") | {"base": None, "config": base.model_dump(mode="json", exclude_unset=True)}
-    write_yaml(folder.sweep, values)
+    config = base.model_dump(mode="json", exclude_unset=True)
+    # Not in JSON's mode: the label on is read as a truth value, and must be so again.
+    write_yaml(folder.sweep, sweep.model_dump() | {"run": str(sweep.run), "base": None, "config": config})
     write_json(
         folder.plan,
         {
