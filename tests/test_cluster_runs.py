@@ -27,7 +27,7 @@ def chain(night: Night) -> None:
     """From inside a job, with an image that cannot be explained: to the report, by one command."""
     night.order(night.image(5), "raise")
     script = REPOSITORY / "slurm" / "attribute.sh"
-    night.cluster.run(f"cd {night.folder} && sbatch {script} {night.config}", environment=night.environment())
+    night.cluster.run(f"cd {night.folder} && sbatch '{script}' {night.config}", environment=night.environment())
     night.completes()
     left_out = night.status()["quarantined"]
     assert left_out["count"] == 1
@@ -110,7 +110,7 @@ def gpus_of_two_tasks(night: Night) -> None:
     calls = [night.reached(night.image(position)) for position in (5, 29)]
     assert {call["CUDA_VISIBLE_DEVICES"] for call in calls} == {"0", "1"}
     for script in sorted((REPOSITORY / "slurm").glob("*.sh")):
-        night.cluster.run(f"sbatch --test-only {script} {night.config}")
+        night.cluster.run(f"sbatch --test-only '{script}' {night.config}")
     night.release(night.image(5), night.image(29))
     night.completes()
     assert night.twice() == {}

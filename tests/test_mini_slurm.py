@@ -86,8 +86,8 @@ def test_the_machines_name_may_mean_another_address(slurm: Slurm, short_path: Pa
         pytest.skip("mount namespaces are not allowed here")
     hosts, folder = short_path / "hosts", short_path / "c"
     hosts.write_text(f"127.0.0.1 localhost\n127.0.1.1 {os.uname().nodename}\n")
-    script = f"""mount --bind {hosts} /etc/hosts && {TOOL} start --folder {folder} >&2 &&
-        eval "$({TOOL} env --folder {folder})" && timeout 10 srun --nodes 2 hostname && cat {folder}/run/*.pid"""
+    script = f"""mount --bind {hosts} /etc/hosts && '{TOOL}' start --folder {folder} >&2 &&
+        eval "$('{TOOL}' env --folder {folder})" && timeout 10 srun --nodes 2 hostname && cat {folder}/run/*.pid"""
     user = [] if os.geteuid() == 0 else ["--map-current-user", "--keep-caps"]
     command = ["unshare", *user, "--mount", "--propagation", "private", "bash", "-c", script]
     try:
@@ -101,7 +101,7 @@ def test_the_machines_name_may_mean_another_address(slurm: Slurm, short_path: Pa
 
 
 def test_env_is_what_a_shell_needs(slurm: Slurm) -> None:
-    command = f'eval "$({TOOL} env --folder {slurm.folder})" && sinfo -h -o %D -p urgent'
+    command = f'eval "$('{TOOL}' env --folder {slurm.folder})" && sinfo -h -o %D -p urgent'
     done = subprocess.run(["sh", "-c", command], env=clean_environment(), capture_output=True, text=True, timeout=20)
     assert done.stdout.strip() == "2", done.stderr
 

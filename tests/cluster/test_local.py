@@ -135,7 +135,7 @@ def test_a_worker_killed_by_the_kernel_for_its_memory_is_told_from_other_kills(t
     except OSError as error:
         pytest.skip(f"cannot make a memory cgroup (version 1) here: {error}")
     (tmp_path / "hog.py").write_text(HOG)
-    command = f"echo $$ > {group}/cgroup.procs && exec {sys.executable} {tmp_path}/hog.py"
+    command = f"echo $$ > {group}/cgroup.procs && exec '{sys.executable}' {tmp_path}/hog.py"
     try:
         done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
     finally:
