@@ -101,7 +101,7 @@ def test_the_machines_name_may_mean_another_address(slurm: Slurm, short_path: Pa
 
 
 def test_env_is_what_a_shell_needs(slurm: Slurm) -> None:
-    command = f'eval "$('{TOOL}' env --folder {slurm.folder})" && sinfo -h -o %D -p urgent'
+    command = f"""eval "$('{TOOL}' env --folder {slurm.folder})" && sinfo -h -o %D -p urgent"""
     done = subprocess.run(["sh", "-c", command], env=clean_environment(), capture_output=True, text=True, timeout=20)
     assert done.stdout.strip() == "2", done.stderr
 
