@@ -27,6 +27,14 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     return report
 
 
+WAITING = ("test_sweep_slurm.py", "test_cluster_runs.py", "test_night.py", "test_mini_slurm.py", "test_loop.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that mostly wait for clusters come first, so that none of them is left to run alone at the end."""
+    items.sort(key=lambda item: WAITING.index(item.path.name) if item.path.name in WAITING else len(WAITING))
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     """Bits depend on the number of threads; workers have one."""
