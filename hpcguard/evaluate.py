@@ -107,12 +107,12 @@ def _ask(config: Config, folder: RunFolder, arguments: argparse.Namespace) -> As
     arms = _arms(config, folder, arguments.arm)
     plan = plan_units(config, test.ids)
     subjects, baseline, sibling = _subjects(config, folder, arms, test, plan, bool(arguments.dry_run))
-    if "bound" in plan.batches and config.evaluation.bound.certified:
-        for subject in subjects.values():
-            check_bounded(config, test, subject)
     for arm in [arm for arm in arms if _is_done(folder, subjects[arm], plan)]:
         say(f"evaluate: {arm} is measured already: {folder.result(arm)}")
         del subjects[arm]
+    if "bound" in plan.batches and config.evaluation.bound.certified:
+        for subject in subjects.values():
+            check_bounded(config, test, subject)
     # A share is cut from all there is to do, done or not: so all shares together leave nothing out.
     own = set([unit for arm in arms for unit in plan.units(arm)][first::step])
     units = [unit for arm in subjects for unit in _left(folder, subjects[arm], plan) if unit in own]
@@ -159,7 +159,8 @@ def _subjects(
     config: Config, folder: RunFolder, arms: Sequence[str], test: ImageSet, plan: Plan, dry_run: bool
 ) -> tuple[dict[str, Subject], Subject | None, Subject | None]:
     """The models to be measured; the one that was explained, and a sibling of it, as far as there are any."""
-    weights = {arm: folder.weights(arm) for arm in config.arms() if arm in arms or folder.weights(arm).exists()}
+    first = next((arm for arm in config.arms() if folder.weights(arm).exists()), "")
+    weights = {arm: folder.weights(arm) for arm in config.arms() if arm in (*arms, first)}
     try:
         keep_baseline(config, folder, test, dry_run)
         weights["baseline"] = folder.explained_weights(config)
@@ -167,7 +168,6 @@ def _subjects(
         if "baseline" in arms:
             raise  # arms alone can be measured
     digests = {arm: digest_file(path) for arm, path in weights.items()}
-    first = next((arm for arm in digests if arm != "baseline"), "")
     siblings = {**dict.fromkeys(digests, "baseline"), "baseline": first}
     shared: dict[str, Any] = {
         "model": config.model.identity(),
@@ -286,7 +286,7 @@ def _say_plan(config: Config, folder: RunFolder, asked: Asked) -> None:
     if wanted.curve:
         say(f"curve        {len(wanted.curve)} radii up to {wanted.curve[-1]:.4g}, the first {wanted.curve_images}")
     for kind in asked.plan.batches:
-        if kind not in ("attacks", "alarms", "explanations"):
+        if kind not in ("attacks", "curve", "alarms", "explanations"):
             say(f"{kind:<12} the first {len(asked.plan.ids(kind))}")
     for arm in asked.subjects:
         units = list(asked.plan.units(arm))

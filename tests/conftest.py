@@ -8,13 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from digit_nets import digit_net
 from slurm_cluster import slurm  # noqa: F401  # a fixture
-from torch.nn import functional
 
 from hpcguard.cli import run_stage
-from hpcguard.config import DataConfig
-from hpcguard.data import load_images
-from hpcguard.models.small_cnn import SmallCNN
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -85,16 +82,7 @@ def attributed(tmp_path_factory: pytest.TempPathFactory, make_config: Callable[.
 @pytest.fixture(scope="session")
 def digit_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a small network that tells handwritten digits apart."""
-    torch.manual_seed(0)
-    train = load_images(DataConfig(name="digits", size=8), "train")
-    net = SmallCNN(10, 1, width=4)
-    optimizer = torch.optim.Adam(net.parameters(), 0.01)
-    x, y = torch.from_numpy(train.images(train.ids)), torch.from_numpy(train.labels)
-    for _ in range(8):
-        for part in torch.randperm(len(x)).split(64):
-            optimizer.zero_grad()
-            functional.cross_entropy(net(x[part]), y[part]).backward()
-            optimizer.step()
+    net = digit_net(size=8, width=4, epochs=8)
     path = tmp_path_factory.mktemp("weights") / "digits.pt"
     torch.save(net.state_dict(), path)
     return path

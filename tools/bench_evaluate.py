@@ -20,7 +20,6 @@ overhead and parity need the images and weights, and are not measured without.
 import argparse
 import json
 import os
-import random
 import signal
 import statistics
 import subprocess
@@ -36,7 +35,7 @@ import pyautoattack
 import torch
 import yaml
 from bench_lime import ResNet4b
-from bench_parts import Figures, hardware, run_parts
+from bench_parts import Figures, hardware, in_turns, ratio, run_parts
 from torch import Tensor, nn
 
 from hpcguard.attacks.autoattack import attacks_of
@@ -98,7 +97,7 @@ def part_overhead(arguments: argparse.Namespace) -> Figures:
         "ours": lambda: keep("ours", lambda: ours(config, model, test, test.ids[: len(x)]), True),
         "library": lambda: keep("library", lambda: library(config, model, x, y), False),
         "frozen": lambda: keep("frozen", lambda: library(config, model, x, y), True),
-    }, arguments.rounds)  # fmt: skip
+    }, arguments.rounds, time.process_time)  # fmt: skip  # what else the machine does is more than what is measured
     differ = int((rights["ours"] != rights["library"]).sum())
     print(f"  {int(rights['library'].sum())} of {len(x)} right by the library, {differ} judged otherwise by ours")
     figures = (
@@ -135,24 +134,6 @@ def library(config: EvaluationConfig, model: nn.Module, x: Tensor, y: Tensor) ->
         attacker.apgd.n_restarts = attacker.fab.n_restarts = 1  # as in the standard version
     _, predicted = attacker.run_standard_evaluation(x, y, batch_size=config.batch_size)
     return predicted == y
-
-
-def in_turns(tasks: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of each task in this process, by round; one round before them to warm up. Not wall seconds: what else
-    the machine does in these is more than what is measured."""
-    seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    shuffled = random.Random(0)
-    for number in range(-1, rounds):
-        for name in shuffled.sample(list(tasks), len(tasks)):
-            started = time.process_time()
-            tasks[name]()
-            if number >= 0:
-                seconds[name].append(time.process_time() - started)
-    return seconds
-
-
-def ratio(upper: list[float], lower: list[float]) -> float:
-    return statistics.median(one / other for one, other in zip(upper, lower, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------- resume

@@ -2,6 +2,9 @@
 
 import argparse
 import os
+import random
+import statistics
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -33,3 +36,22 @@ def hardware() -> str:
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
     cores = len(os.sched_getaffinity(0))
     return f"{cores} core{'s' if cores > 1 else ''}, {model}"
+
+
+def in_turns(
+    tasks: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of each task by the clock, by round; one round before them to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    shuffled = random.Random(0)
+    for number in range(-1, rounds):
+        for name in shuffled.sample(list(tasks), len(tasks)):
+            started = clock()
+            tasks[name]()
+            if number >= 0:
+                seconds[name].append(clock() - started)
+    return seconds
+
+
+def ratio(upper: list[float], lower: list[float]) -> float:
+    return statistics.median(one / other for one, other in zip(upper, lower, strict=True))

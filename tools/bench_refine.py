@@ -19,11 +19,9 @@ a step's cost does not depend on them. step, ddp and scaling take about 20 minut
 import argparse
 import json
 import os
-import random
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -31,7 +29,7 @@ from typing import Any
 
 import torch
 from bench_lime import ResNet4b
-from bench_parts import Figures, hardware, run_parts
+from bench_parts import Figures, hardware, in_turns, ratio, run_parts
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
@@ -71,23 +69,6 @@ def make_batch(count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     flagged = torch.rand(count, 1, 32, 32, generator=generator) < 0.2
     noise = torch.empty_like(x).uniform_(-1, 1, generator=generator)
     return x, torch.randint(0, 10, (count,), generator=generator), flagged, noise
-
-
-def in_turns(tasks: dict[str, Task], rounds: int) -> dict[str, list[float]]:
-    """Wall seconds of each task, by round; one round before them to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    shuffled = random.Random(0)
-    for number in range(-1, rounds):
-        for name in shuffled.sample(list(tasks), len(tasks)):
-            started = time.perf_counter()
-            tasks[name]()
-            if number >= 0:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
-
-
-def ratio(upper: list[float], lower: list[float]) -> float:
-    return statistics.median(one / other for one, other in zip(upper, lower, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------------ step

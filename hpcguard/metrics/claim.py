@@ -69,9 +69,18 @@ def measure_claim(
     model: Model, x: Tensor, y: Tensor, rows: Arrays, rule: SpuriousConfig, config: VulnerabilityConfig,
     batch_size: int, seed: int = 0,
 ) -> tuple[Arrays, list[dict[str, Any]]]:  # fmt: skip
-    """Outcomes by image (see measure_vulnerability; image_id says whose) and their summary, a row a radius.
+    """claim_outcomes and their summary, a row a radius; both are empty if no image can be used."""
+    outcomes = claim_outcomes(model, x, y, rows, rule, config, batch_size, seed)
+    return outcomes, summarise_vulnerability(outcomes, config.radii, seed) if outcomes else []
 
-    Only images that are right when clean and have segments both flagged and not; both are empty if there is none.
+
+def claim_outcomes(
+    model: Model, x: Tensor, y: Tensor, rows: Arrays, rule: SpuriousConfig, config: VulnerabilityConfig,
+    batch_size: int, seed: int = 0,
+) -> Arrays:  # fmt: skip
+    """Outcomes by image, see measure_vulnerability; image_id says whose.
+
+    Only images that are right when clean and have segments both flagged and not; nothing if there is none.
     """
     flagged, random = flagged_and_random(rows, rule, config.draws, seed)
     count = flagged.sum(1)
@@ -79,9 +88,9 @@ def measure_claim(
     usable = mixed & is_right(model, x, y, batch_size)
     some = usable.cpu().numpy()
     if not some.any():
-        return {}, []
+        return {}
     outcomes = measure_vulnerability(
         model, x[usable], y[usable], rows["segments"][some], flagged[some], random[:, some], config.radii,
         config.steps, batch_size,
     )  # fmt: skip
-    return {"image_id": rows["image_id"][some], **outcomes}, summarise_vulnerability(outcomes, config.radii, seed)
+    return {"image_id": rows["image_id"][some], **outcomes}

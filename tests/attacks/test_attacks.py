@@ -6,6 +6,7 @@ from typing import Literal
 import pyautoattack
 import pytest
 import torch
+from digit_nets import digit_net
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -14,7 +15,6 @@ from hpcguard.config import DataConfig
 from hpcguard.data import load_images
 from hpcguard.errors import InputError
 from hpcguard.metrics.accuracy import wilson_interval
-from hpcguard.models.small_cnn import SmallCNN
 
 
 @pytest.fixture
@@ -132,16 +132,8 @@ def test_attacks_stay_in_the_ball_and_in_the_pixel_range() -> None:
 @pytest.fixture(scope="module")
 def trained() -> tuple[nn.Module, Tensor, Tensor]:
     """A small network that tells handwritten digits apart, and test images of them."""
-    torch.manual_seed(0)
-    train, test = (load_images(DataConfig(name="digits", size=16), split) for split in ("train", "test"))
-    net = SmallCNN(10, 1, width=8)
-    optimizer = torch.optim.Adam(net.parameters(), 0.01)
-    x, y = torch.from_numpy(train.images(train.ids)), torch.from_numpy(train.labels)
-    for _ in range(6):
-        for part in torch.randperm(len(x)).split(64):
-            optimizer.zero_grad()
-            functional.cross_entropy(net(x[part]), y[part]).backward()
-            optimizer.step()
+    net = digit_net(size=16, width=8, epochs=6)
+    test = load_images(DataConfig(name="digits", size=16), "test")
     ids = test.ids[:120]
     return net.eval(), torch.from_numpy(test.images(ids)), torch.from_numpy(test.labels_of(ids))
 
