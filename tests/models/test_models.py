@@ -77,9 +77,14 @@ def test_small_cnn_options() -> None:
     assert "model.options.norm" in refusal("small-cnn", options={"norm": "batch"})
     for width in (0, "16", 1.5, True):
         assert "model.options.width" in refusal("small-cnn", options={"width": width})
+    for stride in (0, 3, "2", True):
+        assert f"model.options.stride = {stride!r}: allowed: 1, 2" in refusal("small-cnn", options={"stride": stride})
+    halved = build(options={"stride": 2})
+    assert parameters(halved) == parameters(build())
+    assert halved.net[0](torch.rand(1, 1, 32, 32)).shape[2:] == (16, 16)
     line = refusal("small-cnn", options={"depth": 3})
     assert "model.options = {'depth': 3}" in line
-    assert line.endswith("allowed: width, activation, norm")
+    assert line.endswith("allowed: width, activation, norm, stride")
     assert refusal("resnet20-cifar", options={"depth": 3}).endswith("allowed: none")
     assert "model.options.num_classes" in refusal("small-cnn", options={"num_classes": 3})
 
