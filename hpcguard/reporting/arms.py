@@ -11,6 +11,7 @@ from hpcguard.errors import InputError
 from hpcguard.reporting.result_schema import check_sections
 from hpcguard.runs import differences
 
+TITLES = {"all-attacks": "all attacks", "corrupted": "corruptions"}
 LOSS_TERMS = ("clean", "adversarial", "masked", "sensitivity")
 
 
@@ -152,6 +153,8 @@ def check_comparable(arms: Sequence[Arm]) -> None:
 
 def attack_title(name: str) -> str:
     """An attack's name as the field writes it: pgd-20 is PGD-20."""
+    if name in TITLES:
+        return TITLES[name]
     family, dash, version = name.partition("-")
     return {"fgsm": "FGSM", "pgd": "PGD", "autoattack": "AutoAttack"}.get(family, family) + dash + version
 

@@ -26,6 +26,7 @@ from hpcguard.reporting.sweep_tables import (
     as_table,
     cost_table,
     effects_sheet,
+    explanations_sheet,
     gains_sheet,
     means_sheet,
     signed_points,
@@ -47,6 +48,8 @@ def notes(analysis: Analysis) -> list[str]:
         told = [f"{analysis.measured} of {total} cells are measured; {counts}. They count for nothing here."]
     if analysis.measured and analysis.single:
         told.append("Every setting is measured with one seed, so nothing tells an effect from the luck of a training.")
+    if doubtful := sum(bool(row.get("red_alarms")) for row in analysis.table):
+        told.append(f"{doubtful} cells raise an alarm: their accuracy under attack is not to be trusted (red_alarms).")
     if left_out := sum(bool(row.get("left_out")) for row in analysis.table):
         told.append(f"{left_out} cells were trained without images that attribution could not explain (left_out).")
     return told
@@ -60,6 +63,8 @@ def sheets(analysis: Analysis) -> list[Sheet]:
         found.append(gains_sheet(analysis.gains, analysis.axes, analysis.measures, analysis.control, pairless))
     if analysis.effects:
         found.append(effects_sheet(analysis.effects, analysis.main))
+    if analysis.qualities:
+        found.append(explanations_sheet(analysis.lines, analysis.axes, analysis.qualities))
     return found
 
 

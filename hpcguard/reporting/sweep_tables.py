@@ -11,6 +11,7 @@ from hpcguard.sweeps.axes import shown
 from hpcguard.sweeps.cost import CostLine
 from hpcguard.sweeps.effects import NAME, Effect
 from hpcguard.sweeps.means import Estimate, Line
+from hpcguard.sweeps.table import EXPLANATION
 
 STAGES = {"refine": "training", "attribute": "attribution", "evaluate": "evaluation"}
 LATEX = {
@@ -22,11 +23,13 @@ LATEX = {
 
 @dataclass(frozen=True)
 class Column:
-    """Of estimates: shares of 1, shown in %."""
+    """Of estimates: shares of 1, shown in %, unless scale and digits say otherwise."""
 
     title: str
     signed: bool = False  # differences
     best: bool = False  # the highest mean is bold
+    scale: float = 100
+    digits: int = 1
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,15 @@ def gains_sheet(
         "differences", f"Differences from the control ({told}) with the same seed, in points: {spread}.",
         [*_heads(axes), "pairs"], [Column(attack_title(name), signed=True) for name in measures],
         [_estimates(line, axes, measures) for line in lines],
+    )  # fmt: skip
+
+
+def explanations_sheet(lines: Sequence[Line], axes: Sequence[str], qualities: Sequence[str]) -> Sheet:
+    """Quality of explanations; which way is better differs by figure, so none is bold."""
+    return Sheet(
+        "explanations", "Quality of explanations: means over seeds ± 95% interval.", [*_heads(axes), "seeds"],
+        [Column(name.removeprefix(EXPLANATION).replace("_", " "), scale=1, digits=3) for name in qualities],
+        [_estimates(line, axes, qualities) for line in lines],
     )  # fmt: skip
 
 
@@ -126,7 +138,7 @@ def as_table(sheet: Sheet, bold: Callable[[str], str], minus: str = "-") -> Tabl
     for texts, estimates in sheet.lines:
         cells = []
         for column, most, estimate in zip(sheet.columns, best, estimates, strict=True):
-            mean, half = _figures(estimate, column.signed)
+            mean, half = _figures(estimate, column)
             shown_mean = bold(mean) if column.best and mean == most else mean
             cells.append((shown_mean + (f" ± {half}" if half else "")).replace("-", minus) if mean else MISSING)
         rows.append([*texts, *cells])
@@ -172,19 +184,19 @@ def _latex_row(cells: Sequence[str]) -> str:
 
 
 def _latex_figure(estimate: Estimate, column: Column, best: str) -> str:
-    mean, half = _figures(estimate, column.signed)
+    mean, half = _figures(estimate, column)
     if not mean:
         return "--"
     shown_mean = rf"\mathbf{{{mean}}}" if column.best and mean == best else mean
     return f"${shown_mean}" + (rf" \pm {half}$" if half else "$")
 
 
-def _figures(estimate: Estimate, signed: bool) -> tuple[str, str]:
-    """Mean and half width in %; empty where there is none."""
+def _figures(estimate: Estimate, column: Column) -> tuple[str, str]:
+    """Mean and half width, in % by default; empty where there is none."""
     if not estimate.count:
         return "", ""
-    half = "" if math.isnan(estimate.half) else f"{100 * estimate.half:.1f}"
-    return signed_points(estimate.mean) if signed else f"{100 * estimate.mean:.1f}", half
+    mean, half = (f"{column.scale * each:.{column.digits}f}" for each in (estimate.mean, estimate.half))
+    return signed_points(estimate.mean) if column.signed else mean, "" if math.isnan(estimate.half) else half
 
 
 def signed_points(share: float) -> str:
@@ -195,7 +207,7 @@ def signed_points(share: float) -> str:
 def _best(sheet: Sheet, place: int) -> str:
     """As it is shown, so that what looks equal is marked alike."""
     known = [estimates[place] for _, estimates in sheet.lines if estimates[place].count]
-    return _figures(max(known, key=lambda each: each.mean), sheet.columns[place].signed)[0] if known else ""
+    return _figures(max(known, key=lambda each: each.mean), sheet.columns[place])[0] if known else ""
 
 
 def _estimates(line: Line, axes: Sequence[str], measures: Sequence[str]) -> tuple[list[str], list[Estimate]]:

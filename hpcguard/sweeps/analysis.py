@@ -6,8 +6,8 @@ from typing import Any
 
 from hpcguard.sweeps.effects import NAME, Effect, main_effects
 from hpcguard.sweeps.means import Line, as_held, gains, means, settings
-from hpcguard.sweeps.pareto import CLEAN, main_of, on_front
-from hpcguard.sweeps.table import Row, attacks_in
+from hpcguard.sweeps.pareto import main_of, on_front
+from hpcguard.sweeps.table import CLEAN, Row, accuracies_in, qualities_in
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Analysis:
     axes: Sequence[str]  # that tell the settings apart
     control: Mapping[str, Any]  # as the table has it
     measures: Sequence[str]  # accuracies, from the weakest attack to the strongest
+    qualities: Sequence[str]  # of explanations
     main: Sequence[str]  # clean, and the strongest attack
     lines: Sequence[Line]  # means, a line a setting
     gains: Sequence[Line]  # paired differences, a line a setting beside the control's
@@ -41,13 +42,13 @@ class Analysis:
 
 
 def analyse(table: Sequence[Row], axes: Sequence[str], control: Mapping[str, Any]) -> Analysis:
-    measures = attacks_in(table, axes)
+    measures, qualities = accuracies_in(table, axes), qualities_in(table, axes)
     axes = telling(table, axes, control)
     main = main_of(measures)
-    lines = means(table, axes, measures)
+    lines = means(table, axes, [*measures, *qualities])
     points = [line for line in lines if len(main) == 2 and all(line.estimates[name].count for name in main)]
     return Analysis(
-        table, axes, as_held(control, table), measures, main, lines,
+        table, axes, as_held(control, table), measures, qualities, main, lines,
         gains(table, axes, measures, control) if control else [],
         main_effects(table, axes, main, control), points,
         on_front([(line.estimates[main[0]].mean, line.estimates[main[1]].mean) for line in points]),

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from hpcguard.config.evaluation import ATTACKS
 from hpcguard.config.explain import explain
 from hpcguard.config.sweep import RangeConfig
 from hpcguard.errors import InputError
@@ -16,7 +17,8 @@ SECTIONS = ("data", "model", "attribution", "baseline", "refinement")  # that an
 ROUNDS = "rounds"
 NO_RESULT = ("cluster", "device", "run", "loop", "controls")
 MOST = 100_000
-TAKEN = ("seed", "name", "state", "clean", "flagged", "left_out", "weights")
+TAKEN = ("seed", "name", "state", "clean", "corrupted", "all-attacks", "flagged", "left_out", "red_alarms", "weights")
+TAKEN_BEGINNINGS = ("validation_", "explanation_", "refine_", "evaluate_", "fgsm", "pgd-", "autoattack", *ATTACKS)
 
 
 class Option(NamedTuple):
@@ -28,8 +30,10 @@ class Option(NamedTuple):
 
 def options_of(name: str, given: Any, where: str) -> list[Option]:
     """The values of one axis, as a list, a range or labels with their changes."""
-    if name in TAKEN:
-        raise InputError(f"{where}: the table has a column {name}; rename the axis (for seeds write seeds: [0, 1, 2])")
+    if name in TAKEN or name.startswith(TAKEN_BEGINNINGS):
+        raise InputError(
+            f"{where}: the table has columns of such names; rename the axis (for seeds write seeds: [0, 1, 2])"
+        )
     if isinstance(given, dict) and "range" not in given:
         options = [Option({name: label(key)}, _changes(value, f"{where}.{label(key)}")) for key, value in given.items()]
     else:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-CLEAN = "clean"
+from hpcguard.sweeps.table import CLEAN
 
 
 def main_of(measures: Sequence[str]) -> list[str]:

@@ -11,6 +11,8 @@ from hpcguard.sweeps.folder import SweepFolder
 from hpcguard.sweeps.jobs import Graph, Planned
 
 Row = dict[str, Any]
+CLEAN, CORRUPTED, ALL_ATTACKS = "clean", "corrupted", "all-attacks"  # columns
+EXPLANATION = "explanation_"  # how columns on explanations begin
 
 
 def axes_of(graph: Graph) -> list[str]:
@@ -41,17 +43,33 @@ def _measured(folder: SweepFolder, graph: Graph, cell: Planned, alike: Mapping[s
     row["refine_seconds"] = training.get("seconds")
     result = result_of(run, job.arm, training, alike)
     if result is not None:
-        row |= {name: attack["accuracy"] for name, attack in result["attacks"].items()}
-        row |= {"explanation_jaccard5": result.get("explanation_jaccard5"), "evaluate_seconds": result.get("seconds")}
+        row |= figures_of(result)
     return row | {"weights": str(run.weights(job.arm).relative_to(folder.path))}
 
 
+def figures_of(result: Mapping[str, Any]) -> Row:
+    """What a result says, a figure a column: accuracies from clean to all attacks together, and of explanations."""
+    accuracies = {name: attack["accuracy"] for name, attack in result["attacks"].items()}
+    if corruptions := result.get("corruptions"):
+        accuracies = {CLEAN: accuracies.pop(CLEAN), CORRUPTED: corruptions["mean_accuracy"]["mean"], **accuracies}
+    if len(result["attacks"]) > 2 and "worst" in result:
+        accuracies[ALL_ATTACKS] = result["worst"]["accuracy"]
+    quality = {name: figure["mean"] for name, figure in (result.get("explanations") or {}).items()}
+    quality = {"jaccard5": result.get("explanation_jaccard5"), **quality}
+    return {
+        **accuracies,
+        "red_alarms": sum(bool(alarm["red"]) for alarm in result.get("alarms", [])),
+        **{f"{EXPLANATION}{name}": mean for name, mean in quality.items()},
+        "evaluate_seconds": result.get("seconds"),
+    }
+
+
 UNITS = {
-    "flagged": "share of segments", "left_out": "images", "refine_seconds": "s", "evaluate_seconds": "s",
-    "explanation_jaccard5": "Jaccard index",
+    "flagged": "share of segments", "left_out": "images", "red_alarms": "alarms",
+    "refine_seconds": "s", "evaluate_seconds": "s", "explanation_jaccard5": "Jaccard index",
 }  # fmt: skip
 LAST = ("refine_seconds", "evaluate_seconds", "weights")
-OTHER = ("seed", "state", "validation_clean", "validation_robust", "flagged", "left_out", "explanation_jaccard5", *LAST)
+OTHER = ("seed", "state", "validation_clean", "validation_robust", "flagged", "left_out", "red_alarms", *LAST)
 
 
 def columns(table: Iterable[Row]) -> list[str]:
@@ -60,14 +78,21 @@ def columns(table: Iterable[Row]) -> list[str]:
     return [name for name in names if name not in LAST] + [name for name in LAST if name in names]
 
 
-def attacks_in(table: Sequence[Row], axes: Sequence[str]) -> list[str]:
-    """The columns that hold accuracies on test images."""
-    return [name for name in columns(table) if name not in axes and name not in OTHER]
+def accuracies_in(table: Sequence[Row], axes: Sequence[str]) -> list[str]:
+    """The columns that hold accuracies on the images measured."""
+    known = {*axes, *OTHER}
+    return [name for name in columns(table) if name not in known and not name.startswith(EXPLANATION)]
+
+
+def qualities_in(table: Sequence[Row], axes: Sequence[str]) -> list[str]:
+    """The columns that hold the quality of explanations and are measured."""
+    found = [name for name in columns(table) if name not in axes and name.startswith(EXPLANATION)]
+    return [name for name in found if any(row.get(name) is not None for row in table)]
 
 
 def units(table: Sequence[Row], axes: Sequence[str]) -> dict[str, str]:
     """Of the columns that have one."""
-    shares = (*attacks_in(table, axes), "validation_clean", "validation_robust")
+    shares = (*accuracies_in(table, axes), "validation_clean", "validation_robust")
     return {**dict.fromkeys(shares, "share of images"), **UNITS}
 
 

@@ -22,6 +22,16 @@ def rows(*figures: tuple[str, int, float | None, float | None]) -> list[dict[str
 TWO = rows(("a_b", 0, 0.5, 0.3), ("a_b", 1, 0.6, 0.2), ("none", 0, 0.4, 0.31), ("none", 1, 0.5, 0.19))
 
 
+def test_quality_of_explanations_is_neither_in_percent_nor_bold() -> None:
+    measured = [{**row, "red_alarms": 0, "explanation_attacked_jaccard": 0.25 + row["seed"]} for row in TWO]
+    sheet = sheets(analyse(measured, AXES, {"rule": "none"}))[-1]
+    text = sheets_markdown([sheet], [])
+    assert "| rule | masking.weight | seeds | attacked jaccard |" in text
+    # Means of 0.25 and 1.25: s = 0.7071, 12.706 * 0.7071 / sqrt(2) = 6.353
+    assert "| a_b | 0.5 | 2 | 0.750 ± 6.353 |" in text
+    assert "explanation" not in sheets_markdown(sheets(analyse(measured, AXES, {"rule": "none"}))[:-1], [])
+
+
 def test_latex() -> None:
     analysis = analyse(TWO, AXES, {"rule": "none"})
     found = sheets_latex(sheets(analysis)[:2], notes(analysis))
