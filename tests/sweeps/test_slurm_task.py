@@ -18,7 +18,7 @@ from hpcguard.cluster.submission import Job
 from hpcguard.config.sweep import load_sweep
 from hpcguard.errors import InputError
 from hpcguard.runs import exclusive, write_json
-from hpcguard.sweeps import slurm_task
+from hpcguard.sweeps import local, slurm_task
 from hpcguard.sweeps.folder import SweepFolder, read_plan, write_plan
 from hpcguard.sweeps.grid import expand
 from hpcguard.sweeps.jobs import plan_jobs
@@ -88,6 +88,7 @@ def test_what_is_cancelled_has_not_failed(
     """Slurm tells the task and, at the same moment, the command that it has started."""
     folder = submitted(epochs=100_000)
     monkeypatch.setattr(submit, "told_to_stop", lambda: False)
+    monkeypatch.setattr(local, "LOOK_EVERY_S", 1.0)  # the command is gone before the task looks again
     own = Path(f"/proc/self/task/{threading.get_native_id()}/children")
 
     def cancel() -> None:
