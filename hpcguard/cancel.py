@@ -1,10 +1,12 @@
-"""Cancel every job of a run that is still in Slurm's queue; what is published and journalled is kept.
+"""Cancel every job of a run or a sweep that is still in Slurm's queue; what is published and journalled is kept.
 
-Only jobs whose comment is this run folder are touched. `python -m hpcguard.attribute` goes on from there later.
+Only jobs whose comment is this folder are touched. `python -m hpcguard.attribute` goes on from there later, or
+`hpcguard sweep SWEEP`.
 """
 
 import argparse
 from collections import Counter
+from pathlib import Path
 
 from hpcguard.cluster import slurm
 from hpcguard.cluster.submission import ATTRIBUTE, parse_name
@@ -13,7 +15,11 @@ from hpcguard.errors import InputError
 from hpcguard.progress import say
 from hpcguard.runs import RunFolder, exclusive
 
-EXAMPLE = ("python -m hpcguard.cancel runs/quickstart --dry-run", "python -m hpcguard.cancel runs/quickstart")
+EXAMPLE = (
+    "python -m hpcguard.cancel runs/quickstart --dry-run",
+    "python -m hpcguard.cancel runs/quickstart",
+    "python -m hpcguard.cancel runs/sweeps/components_small",
+)
 SECTIONS = ("run",)
 ROUNDS = 3
 PATIENCE_S = 120.0
@@ -27,33 +33,44 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
     folder = RunFolder(config.run)
     if not folder.path.is_dir():
         raise InputError(f"run = {folder.path}: no such folder; `python -m hpcguard.attribute` makes it")
-    jobs = _jobs(folder)
+    return _cancel(folder.path, folder.slurm, ATTRIBUTE, "python -m hpcguard.attribute", arguments.dry_run)
+
+
+def run_sweep(path: Path, arguments: argparse.Namespace) -> int:
+    """The same for a sweep's folder."""
+    if arguments.overrides:
+        raise InputError(f"{arguments.overrides[0]}: all jobs of {path} are cancelled; leave the keys out")
+    return _cancel(path, path, "", f"hpcguard sweep {path}", arguments.dry_run)
+
+
+def _cancel(folder: Path, locked: Path, last: str, goes_on: str, dry_run: bool) -> int:
+    """Cancel what is queued of a folder; `locked`: the folder whose lock everybody holds who submits more of it."""
+    jobs = slurm.queue_of(folder)
     if not jobs:
-        say(f"cancel: no job of {folder.path} is in Slurm's queue")
+        say(f"cancel: no job of {folder} is in Slurm's queue")
         return 0
     _say_jobs(jobs)
-    if arguments.dry_run:
-        say(f"dry run: {_number(jobs)} of {folder.path} would be cancelled")
+    if dry_run:
+        say(f"dry run: {_number(jobs)} of {folder} would be cancelled; `{goes_on}` would go on from there")
         return 0
     cancelled: set[str] = set()
-    with exclusive(folder.slurm, PATIENCE_S):  # who submits more just now comes first
+    with exclusive(locked, PATIENCE_S):  # who submits more just now comes first
         for _ in range(ROUNDS):
-            new = [job for job in _jobs(folder) if job.array not in cancelled]
+            new = [job for job in slurm.queue_of(folder) if job.array not in cancelled]
             if not new:
                 break
-            slurm.cancel(order(new))
+            slurm.cancel(order(new, last))
             cancelled |= {job.array for job in new}
-    say(f"cancel: {_number(jobs)} of {folder.path} cancelled; `python -m hpcguard.attribute` would go on from there")
+    say(f"cancel: {_number(jobs)} of {folder} cancelled; `{goes_on}` would go on from there")
     return 0
 
 
-def _jobs(folder: RunFolder) -> list[slurm.QueuedJob]:
-    return slurm.queue_of(folder.path)
+def order(jobs: list[slurm.QueuedJob], last: str) -> list[str]:
+    """Ids of whole arrays, those first that wait for others: they would start, and submit again what is cancelled.
 
-
-def order(jobs: list[slurm.QueuedJob]) -> list[str]:
-    """Ids of whole arrays, those first that wait for others: they would start, and submit again what is cancelled."""
-    arrays = {(_kind(job) == ATTRIBUTE, -int(job.array)): job.array for job in jobs}
+    Jobs wait for older ones; in a run also for newer ones of the kind `last`, which were submitted again meanwhile.
+    """
+    arrays = {(_kind(job) == last, -int(job.array)): job.array for job in jobs}
     return [arrays[key] for key in sorted(arrays)]
 
 

@@ -29,7 +29,7 @@ STAGES = (
 )  # fmt: skip
 OF_STORES = ("inspect", "export")
 OF_SWEEPS = ("sweep",)  # take a sweep's YAML file or folder
-OF_BOTH = ("status", "report")  # take a sweep's folder too: `run_sweep(path, arguments)`
+OF_BOTH = ("status", "report", "cancel")  # take a sweep's folder too: `run_sweep(path, arguments)`
 OF_RESULTS = ("compare",)
 LOOKING = ("status",)  # reads others' run folders and runs nothing of theirs
 ALIASES = {"retry": "attribute"}

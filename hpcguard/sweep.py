@@ -5,7 +5,8 @@ at the end what `hpcguard report SWEEP` writes. Says first how many cells and di
 of their cost. Each job is an hpcguard command of its own, max_jobs at once; a failed one holds up only what needs it.
 Killed, interrupted, or with cells added, the same command does what is missing or has failed. The sweep's folder can
 be given in the place of its YAML file. With cluster.executor=slurm the jobs go to Slurm as arrays, each behind what it
-needs, and the command returns; --wait follows them. What is queued or runs there is never submitted again.
+needs, and a last job that writes the table, and the command returns; --wait follows them, `hpcguard cancel SWEEP` ends
+them. What is queued or runs there is never submitted again.
 """
 
 import argparse
@@ -94,10 +95,9 @@ def _check_free(folder: SweepFolder) -> None:
     except InputError:  # there is no Slurm here
         return
     if live:
-        arrays = " ".join(sorted({task.array for task in live.values()}))
         raise InputError(
             f"cluster.executor = local: {len(live)} jobs of {folder.path} are in Slurm's queue; write slurm, wait "
-            f"until they have ended (`hpcguard status {folder.path} --watch`), or `scancel {arrays}`"
+            f"until they have ended (`hpcguard status {folder.path} --watch`), or `hpcguard cancel {folder.path}`"
         )
 
 
@@ -131,15 +131,13 @@ def _submit(folder: SweepFolder, sweep: SweepConfig, base: Config, graph: Graph)
     planned = slurm.batch(folder, base.cluster.slurm, graph, todo, sweep.pack)
     for line in slurm.describe_plan(base.cluster.slurm, planned):
         say(line)
-    arrays = {task.array for task in planned.live.values()}
     if planned.arrays:
         submission = slurm.submit(folder, base.cluster.slurm, planned)
         say(f"sweep: submission {submission.number}, in {submission.folder}")
         for line in slurm.describe(submission):
             say(line)
-        arrays |= {array.job for array in submission.arrays}
-    say(f"  watch it with `hpcguard status {folder.path} --watch`, end it with `scancel {' '.join(sorted(arrays))}`")
-    say("  when it has ended, the same command writes the table, and submits again what is missing or has failed")
+    say(f"  watch it with `hpcguard status {folder.path} --watch`, end it with `hpcguard cancel {folder.path}`")
+    say("  its last job writes the table; then the same command submits again what is missing or has failed")
     return True
 
 

@@ -67,4 +67,11 @@ def test_attribution_is_cancelled_last() -> None:
     """What waits for another's end must be gone before it, however slowly a controller takes them one by one."""
     names = (("12", "attribute-0001-0"), ("13", "attribute-0001-6"), ("15", "consolidate-0001"), ("16", "refine-0001"))
     jobs = [QueuedJob(id, id, None, "PENDING", "None", f"hpcguard-{name}", "/run") for id, name in names]
-    assert order(jobs) == ["16", "15", "13", "12"]
+    assert order(jobs, "attribute") == ["16", "15", "13", "12"]
+
+
+def test_of_a_sweep_the_newest_is_cancelled_first() -> None:
+    """A store waits for an older training, and is waited for by newer ones."""
+    names = (("12", "refine-0001-0"), ("9", "refine-0001-1"), ("13", "attribute-0001-2"), ("14", "report-0001"))
+    jobs = [QueuedJob(id, id, None, "PENDING", "None", f"hpcguard-{name}", "/sweep") for id, name in names]
+    assert order(jobs, "") == ["14", "13", "12", "9"]

@@ -118,7 +118,8 @@ def texts(config: Config, run: RunFolder, memory: dict[int, float | None]) -> li
 def _array(config: Config, run: RunFolder, submission: Submission, part: Part, after: str | None) -> Array:
     name = job_name(ATTRIBUTE, submission.number, part.chunk.first)
     comment, folder = str(run.path.resolve()), submission.folder.resolve()
-    return Array(folder, config.cluster.slurm, name, comment, part.chunk, after, part.memory_gb)
+    waits = () if after is None else (after,)
+    return Array(folder, config.cluster.slurm, name, comment, part.chunk, waits, part.memory_gb)
 
 
 def _place(config: Config) -> tuple[str, str, str]:

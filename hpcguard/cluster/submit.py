@@ -37,7 +37,7 @@ class Array:
     name: str
     comment: str
     chunk: Chunk
-    after: str | None  # the job that must have ended
+    after: tuple[str, ...]  # jobs that must have ended, however
     memory_gb: float | None  # instead of the configuration's
     needs: tuple[str, ...] = ()  # jobs and tasks that must have ended well; where one has not, Slurm cancels the array
     job: JobConfig | None = None  # what a task asks for, where it is not attribution
@@ -64,7 +64,9 @@ def _executor(array: Array) -> _Executor:
     asked = sbatch.options(slurm, job, array.memory_gb)
     if array.needs:
         asked["kill-on-invalid-dep"] = "yes"
-    waits = [f"afterok:{':'.join(array.needs)}"] * bool(array.needs) + [f"afterany:{array.after}"] * bool(array.after)
+    waits = [f"afterok:{':'.join(array.needs)}"] * bool(array.needs) + [f"afterany:{':'.join(array.after)}"] * bool(
+        array.after
+    )
     executor = _Executor(array.folder, sbatch.python(slurm))
     executor.update_parameters(
         **{keyword: asked.pop(option) for option, keyword in BY_KEYWORD.items()},

@@ -113,7 +113,7 @@ class SlurmConfig(Section):
     attribute: JobConfig = JobConfig()
     """An array task of attribution."""
     consolidate: JobConfig = JobConfig()
-    """The job after the arrays: verifies, submits again what may be, consolidates."""
+    """The job after the arrays: verifies, submits again what may be, consolidates; of a sweep, writes its table."""
     refine: JobConfig = JobConfig(minutes=24 * 60)
     """Training."""
     evaluate: JobConfig = JobConfig(minutes=24 * 60)

@@ -66,6 +66,7 @@ class LocalRun:
             try:
                 while not (told or self.told_to_stop()) and self._fill(ready):
                     time.sleep(LOOK_EVERY_S)
+                    self.outcome.stopped = bool(told)  # scancel tells the children too: what it ended has not failed
                     self._settle(ready)
             finally:
                 self.outcome.stopped = bool(told) or self.told_to_stop()

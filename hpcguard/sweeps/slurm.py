@@ -13,8 +13,8 @@ from hpcguard.errors import InputError
 from hpcguard.sweeps.folder import SweepFolder
 from hpcguard.sweeps.jobs import Graph, Kind
 from hpcguard.sweeps.slurm_arrays import TaskArray, arrange
-from hpcguard.sweeps.slurm_state import Submission, live_jobs, new_submission, read_submissions
-from hpcguard.sweeps.slurm_task import sweep_task
+from hpcguard.sweeps.slurm_state import REPORT, Submission, live_jobs, new_submission, read_submissions
+from hpcguard.sweeps.slurm_task import report_task, sweep_task
 
 MAX_ARRAY_SIZE = 1001  # Slurm's default, where it cannot be asked
 
@@ -46,9 +46,9 @@ def batch(folder: SweepFolder, asked: SlurmConfig, graph: Graph, todo: Sequence[
     live = live_jobs(folder, read_submissions(folder))
     limits = slurm.limits(asked.account or "", asked.partition or "", asked.qos or "")
     arrays = _arranged(asked, graph, todo, live.keys(), per_task, limits.max_array_size)
-    tasks = sum(len(array.tasks) for array in arrays)
+    tasks = sum(len(array.tasks) for array in arrays) + 1  # the last job
     room = limits.max_jobs if limits.max_submit is None else min(limits.max_jobs, limits.max_submit - limits.queued)
-    if tasks > room:
+    if arrays and tasks > room:
         raise InputError(
             f"{tasks} tasks to submit, and Slurm takes {max(room, 0)} more of this user: raise pack = {per_task}, "
             "or wait until some have ended (squeue --me)"
@@ -68,27 +68,34 @@ def _arranged(
 
 
 def submit(folder: SweepFolder, asked: SlurmConfig, planned: Batch) -> Submission:
-    """Submit the arrays in their order. If Slurm refuses any, all are taken back: InputError."""
+    """Submit the arrays in their order, and the last job. If Slurm refuses any, all are taken back: InputError."""
     submission = new_submission(folder, planned.tasks)
-    ids = {name: task.id for name, task in planned.live.items()}
-    first = 0
     try:
-        for array in planned.arrays:
-            after = None if array.after is None else submission.arrays[array.after].job
-            needs = tuple(dict.fromkeys(ids[name] for name in array.needs))
-            id = submit_array(sweep_task, sbatch_array(folder, submission, asked, array, first, needs, after))
-            job = Job(array.kind, id, first, len(array.tasks))
-            submission.add(job)
-            for task, task_id in zip(array.tasks, job.ids(), strict=True):
-                ids |= dict.fromkeys(task, task_id)
-            first += len(array.tasks)
+        _submit_arrays(folder, submission, asked, planned)
+        waits = [*(task.array for task in planned.live.values()), *(array.job for array in submission.submitted)]
+        last = report_array(folder, submission, asked, tuple(dict.fromkeys(waits)))
+        submission.add(Job(REPORT, submit_array(report_task, last)))
     except InputError:
         submission.take_back()
         with suppress(InputError):  # the first fault is the one to tell
             named = [job.array for job in slurm.queue_of(folder.path) if parse_name(job.name)[1] == submission.number]
-            slurm.cancel(sorted({*named, *(job.job for job in submission.arrays)}))
+            slurm.cancel(sorted({*named, *(job.job for job in submission.submitted)}))
         raise
     return submission
+
+
+def _submit_arrays(folder: SweepFolder, submission: Submission, asked: SlurmConfig, planned: Batch) -> None:
+    ids = {name: task.id for name, task in planned.live.items()}
+    first = 0
+    for array in planned.arrays:
+        after = None if array.after is None else submission.submitted[array.after].job
+        needs = tuple(dict.fromkeys(ids[name] for name in array.needs))
+        id = submit_array(sweep_task, sbatch_array(folder, submission, asked, array, first, needs, after))
+        job = Job(array.kind, id, first, len(array.tasks))
+        submission.add(job)
+        for task, task_id in zip(array.tasks, job.ids(), strict=True):
+            ids |= dict.fromkeys(task, task_id)
+        first += len(array.tasks)
 
 
 def sbatch_array(
@@ -97,7 +104,16 @@ def sbatch_array(
 ) -> Array:  # fmt: skip
     return Array(
         submission.folder.resolve(), asked, job_name(array.kind, submission.number, first), str(folder.path.resolve()),
-        Chunk(first, len(array.tasks), array.parallel, array.after), after, None, needs, asks_for(asked, array.kind),
+        Chunk(first, len(array.tasks), array.parallel, array.after), () if after is None else (after,), None, needs,
+        asks_for(asked, array.kind),
+    )  # fmt: skip
+
+
+def report_array(folder: SweepFolder, submission: Submission, asked: SlurmConfig, waits: tuple[str, ...]) -> Array:
+    """The last job. Its name has no first task, for it holds none."""
+    return Array(
+        submission.folder.resolve(), asked, job_name(REPORT, submission.number), str(folder.path.resolve()),
+        Chunk(len(submission.tasks), 1, 1, None), waits, None, job=asked.consolidate,
     )  # fmt: skip
 
 
@@ -113,15 +129,27 @@ def describe_plan(asked: SlurmConfig, planned: Batch) -> list[str]:
     for kind in dict.fromkeys(array.kind for array in arrays):
         own = [array for array in arrays if array.kind == kind]
         count, most = sum(len(array.tasks) for array in own), max(len(task) for array in own for task in array.tasks)
-        wanted = sbatch.options(asked, asks_for(asked, kind))
-        options = " ".join(f"--{name}" if value is True else f"--{name}={value}" for name, value in wanted.items())
+        options = _options(asked, asks_for(asked, kind))
         lines.append(f"  {kind:<10} {len(own)} arrays, {count} tasks of up to {most} jobs: sbatch {options}")
+    if arrays:
+        lines.append(
+            f"  {REPORT:<10} 1 task, which writes the table at the end: sbatch {_options(asked, asked.consolidate)}"
+        )
     return lines
+
+
+def _options(asked: SlurmConfig, job: JobConfig) -> str:
+    wanted = sbatch.options(asked, job)
+    return " ".join(f"--{name}" if value is True else f"--{name}={value}" for name, value in wanted.items())
 
 
 def describe(submission: Submission) -> list[str]:
     """What was submitted, for the user."""
+    *arrays, last = submission.submitted
     return [
-        f"  {array.kind:<10} job {array.job}: {array.tasks} task{'s' if array.tasks > 1 else ''}"
-        for array in submission.arrays
+        *(
+            f"  {array.kind:<10} job {array.job}: {array.tasks} task{'s' if array.tasks > 1 else ''}"
+            for array in arrays
+        ),
+        f"  {last.kind:<10} job {last.job}: the table, when all have ended",
     ]

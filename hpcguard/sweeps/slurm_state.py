@@ -1,6 +1,6 @@
 """What of a sweep was submitted to Slurm, as files, and what Slurm has of it now.
 
-SWEEP/slurm/0001 holds a submission: the sweep as it was, the jobs of every task, the ids of all arrays, their logs.
+SWEEP/slurm/0001 holds a submission: the sweep as it was, the jobs of every task, the ids from sbatch, their logs.
 """
 
 import time
@@ -15,22 +15,23 @@ from hpcguard.runs import publish_json_once, read_json, write_json
 from hpcguard.sweeps.folder import SweepFolder
 
 REMEDY = "start the sweep again"
+REPORT = "report"  # the kind of the last job, which writes the table and holds none of the sweep's jobs
 ENDED_WELL = ("COMPLETED", "CANCELLED")  # or on purpose: who cancels a task knows why it is missing
 
 
 @dataclass
 class Submission:
-    """`arrays` grows with every sbatch."""
+    """`submitted` grows with every sbatch: the arrays in their order, then the last job."""
 
     folder: Path
     number: int
     tasks: list[list[str]]  # the jobs of each
-    arrays: list[Job] = field(default_factory=list)
+    submitted: list[Job] = field(default_factory=list)
 
-    def add(self, array: Job) -> None:
-        """Note an array as soon as Slurm has it."""
-        self.arrays.append(array)
-        write_json(self.folder / "jobs.json", {"jobs": [asdict(each) for each in self.arrays]})
+    def add(self, job: Job) -> None:
+        """Note an array, or the last job, as soon as Slurm has it."""
+        self.submitted.append(job)
+        write_json(self.folder / "jobs.json", {"jobs": [asdict(each) for each in self.submitted]})
 
     def take_back(self) -> None:
         """Slurm refused a part of it: it counts as never submitted."""
@@ -58,7 +59,7 @@ def read_submission(place: Path) -> Submission:
     values = read_json(place / "submission.json", REMEDY, number=int, tasks=list)
     submission = Submission(place, values["number"], values["tasks"])
     if (place / "jobs.json").exists():
-        submission.arrays = [Job(**job) for job in read_json(place / "jobs.json", REMEDY, jobs=list)["jobs"]]
+        submission.submitted = [Job(**job) for job in read_json(place / "jobs.json", REMEDY, jobs=list)["jobs"]]
     return submission
 
 
@@ -89,7 +90,8 @@ def look(folder: SweepFolder, not_done: Collection[str]) -> Seen:
         last = {
             name: (submission, id)
             for submission in submissions
-            for array in submission.arrays
+            for array in submission.submitted
+            if array.kind != REPORT
             for id, names in zip(array.ids(), submission.tasks[array.first_task :], strict=False)
             for name in names
             if name in not_done and name not in live

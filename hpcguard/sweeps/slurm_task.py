@@ -1,4 +1,4 @@
-"""What one task of a sweep's Slurm array does: its jobs as hpcguard commands on its node, and the right end."""
+"""What a task of a sweep does on Slurm: its jobs as hpcguard commands on its node, and the right end; or the table."""
 
 import time
 
@@ -13,6 +13,7 @@ from hpcguard.sweeps.folder import SweepFolder, measured_alike
 from hpcguard.sweeps.grid import expand
 from hpcguard.sweeps.jobs import Graph, Job, plan_jobs
 from hpcguard.sweeps.local import LocalRun
+from hpcguard.sweeps.overview import lines, overview
 from hpcguard.sweeps.ready import Ready
 from hpcguard.sweeps.slurm_state import read_submission
 
@@ -47,6 +48,19 @@ def sweep_task(number: int) -> None:
     for name, why in outcome.failed.items():
         say(f"sweep: {name} FAILED: {why} (log: {folder.log(name)})")
     raise SystemExit(1 if outcome.failed or outcome.stopped else 0)
+
+
+def report_task(_: int) -> None:
+    """A submission's last job: the table of what is there. Raises SystemExit, with 1 where a cell has failed."""
+    from hpcguard.sweeps.report import write_report  # here, for matplotlib: who only submits waits for nothing
+
+    folder = SweepFolder(submit.own_submission().parents[1])
+    page = write_report(folder)
+    state = overview(folder)
+    for line in lines(state):
+        say(line)
+    say(f"report: {page}")
+    raise SystemExit(1 if any(cell["state"] in ("failed", "held up") for cell in state["cells"]) else 0)
 
 
 def on_a_node(base: Config) -> Config:

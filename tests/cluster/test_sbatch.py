@@ -40,7 +40,8 @@ def srun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_array(folder: Path, chunk: Chunk, after: str | None = None, **settings: object) -> submit.Array:
-    return submit.Array(folder, SlurmConfig(**settings), "hpcguard-attribute-0001-6", "/runs/a b", chunk, after, None)
+    waits = (after,) if after else ()
+    return submit.Array(folder, SlurmConfig(**settings), "hpcguard-attribute-0001-6", "/runs/a b", chunk, waits, None)
 
 
 def test_an_array_to_the_letter(srun: None) -> None:

@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from hpcguard.cluster import slurm as commands
+from hpcguard.cluster.submission import Job as Submitted
 from hpcguard.cluster.submit import Array, array_text
 from hpcguard.config import Config
 from hpcguard.errors import InputError
+from hpcguard.sweeps import slurm
 from hpcguard.sweeps.folder import SweepFolder
 from hpcguard.sweeps.jobs import Graph, Inputs, Job
-from hpcguard.sweeps.slurm import asks_for, check_asked, sbatch_array
+from hpcguard.sweeps.slurm import Batch, asks_for, batch, check_asked, report_array, sbatch_array, submit
 from hpcguard.sweeps.slurm_arrays import TaskArray, arrange, lanes
-from hpcguard.sweeps.slurm_state import Submission
+from hpcguard.sweeps.slurm_state import Submission, read_submissions
 
 
 def make_graph(*stores: str, arms: str = "abc") -> Graph:
@@ -130,6 +133,75 @@ def test_without_needs_nothing_is_waited_for(srun: None) -> None:
     lines = text(TaskArray("attribute", [["s"]], (), 1, None), (), None)
     assert "#SBATCH --time=5" in lines
     assert not [line for line in lines if "dependency" in line or "invalid-dep" in line or "gpus" in line]
+
+
+def test_the_last_job_waits_for_the_end_of_all_however_they_end(srun: None) -> None:
+    asked = config(consolidate={"minutes": 4, "cpus_per_task": 1}, refine={"gpus_per_node": 1}).cluster.slurm
+    submission = Submission(Path("/sweeps/x/slurm/0002"), 2, [["a"], ["b"]])
+    lines = array_text(report_array(SweepFolder(Path("/sweeps/x")), submission, asked, ("41", "50"))).splitlines()
+    for line in ("--dependency=afterany:41:50", "--time=4", "--cpus-per-task=1", "--job-name=hpcguard-report-0002",
+                 "--comment=/sweeps/x"):  # fmt: skip
+        assert f"#SBATCH {line}" in lines, line
+    assert not [line for line in lines if "array" in line or "invalid-dep" in line or "gpus" in line]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> SweepFolder:
+    folder = SweepFolder(tmp_path / "sweep")
+    folder.create()
+    folder.sweep.touch()
+    return folder
+
+
+def queued(folder: SweepFolder, id: str, name: str) -> commands.QueuedJob:
+    return commands.QueuedJob(id, id.partition("_")[0], None, "PENDING", "None", name, str(folder.path.resolve()))
+
+
+def test_the_last_job_counts_where_slurm_takes_so_many(folder: SweepFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = make_graph("s")
+    asked, tasks = config().cluster.slurm, sum(len(array.tasks) for array in arranged(graph))
+    monkeypatch.setattr(commands, "queue", list)
+
+    def planned(room: int, todo: list[str]) -> Batch:
+        monkeypatch.setattr(commands, "limits", lambda *place: commands.Limits(1001, 10_000, room + 3, 3))
+        return batch(folder, asked, graph, todo, 2)
+
+    assert len(planned(tasks + 1, list(graph.jobs)).tasks) == tasks
+    with pytest.raises(InputError, match=f"{tasks + 1} tasks to submit, and Slurm takes {tasks} more"):
+        planned(tasks, list(graph.jobs))
+    assert planned(-1, []).arrays == []  # nothing to submit needs no room
+
+
+def test_it_is_submitted_behind_everything_and_refused_with_everything(
+    folder: SweepFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = make_graph("s")
+    live = {"refine-base": queued(folder, "7_1", "hpcguard-refine-0001-0")}
+    planned = Batch(arranged(graph, live=frozenset(live)), live)
+    given: list[Array] = []
+    cancelled: list[str] = []
+
+    def sbatch(task: object, array: Array) -> str:
+        given.append(array)
+        if refuse and array.name.startswith("hpcguard-report"):
+            raise InputError("sbatch refused it")
+        return str(20 + len(given))
+
+    monkeypatch.setattr(slurm, "submit_array", sbatch)
+    refuse = False
+    submission = submit(folder, config().cluster.slurm, planned)
+    arrays = [str(20 + number) for number in range(1, len(planned.arrays) + 1)]
+    assert given[-1].after == ("7", *arrays) and given[-1].needs == ()
+    assert submission.submitted[-1] == Submitted("report", str(20 + len(given)))
+    assert read_submissions(folder) == [submission]
+
+    refuse = True
+    given.clear()
+    monkeypatch.setattr(commands, "queue", lambda: [queued(folder, "99", "hpcguard-report-0002")])  # taken all the same
+    monkeypatch.setattr(commands, "cancel", cancelled.extend)
+    with pytest.raises(InputError, match="refused it"):
+        submit(folder, config().cluster.slurm, planned)
+    assert cancelled == [*arrays, "99"] and read_submissions(folder) == [submission]
 
 
 def test_a_job_of_several_tasks_is_refused() -> None:

@@ -1,6 +1,10 @@
 """What a task does inside its job, without a cluster."""
 
+import csv
 import json
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +14,12 @@ import pytest
 import yaml
 
 from hpcguard.cluster import slurm, submit
+from hpcguard.cluster.submission import Job
 from hpcguard.config.sweep import load_sweep
 from hpcguard.errors import InputError
-from hpcguard.runs import exclusive
-from hpcguard.sweeps import slurm_task
-from hpcguard.sweeps.folder import SweepFolder, write_plan
+from hpcguard.runs import exclusive, write_json
+from hpcguard.sweeps import local, slurm_task
+from hpcguard.sweeps.folder import SweepFolder, read_plan, write_plan
 from hpcguard.sweeps.grid import expand
 from hpcguard.sweeps.jobs import plan_jobs
 from hpcguard.sweeps.slurm_state import look, new_submission, read_submissions
@@ -77,6 +82,54 @@ def test_a_failure_is_recorded_and_is_the_jobs_end(
     assert "batch_size = 4096" in json.loads(record.read_text())["why"]
 
 
+def test_what_is_cancelled_has_not_failed(
+    submitted: Callable[..., SweepFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm tells the task and, at the same moment, the command that it has started."""
+    folder = submitted(epochs=100_000)
+    monkeypatch.setattr(submit, "told_to_stop", lambda: False)
+    monkeypatch.setattr(local, "LOOK_EVERY_S", 1.0)  # the command is gone before the task looks again
+    own = Path(f"/proc/self/task/{threading.get_native_id()}/children")
+
+    def cancel() -> None:
+        while not list(folder.path.glob("models/*/checkpoints/*/state-*")):
+            time.sleep(0.05)
+        started = [int(pid) for pid in own.read_text().split()]
+        os.kill(os.getpid(), signal.SIGTERM)
+        for pid in set(started) - before:
+            os.kill(pid, signal.SIGKILL)
+
+    before = {int(pid) for pid in own.read_text().split()}
+    canceller = threading.Thread(target=cancel, daemon=True)
+    canceller.start()
+    with pytest.raises(SystemExit) as ended:
+        slurm_task.sweep_task(0)
+    canceller.join(10)
+    assert ended.value.code == 1
+    assert not list(folder.path.glob("jobs/*.json"))
+
+
+def test_the_last_job_writes_the_table_and_ends_as_the_cells_did(
+    submitted: Callable[..., SweepFolder], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = submitted()
+    monkeypatch.setattr(slurm, "queue", list)
+
+    def ends() -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            slurm_task.report_task(1)
+        (row,) = csv.DictReader(folder.table.read_text().splitlines())
+        return ended.value.code, row["state"], capsys.readouterr().out
+
+    code, state, said = ends()
+    assert (code, state) == (0, "waiting") and "cells   1: 1 waiting" in said
+    failed = next(name for name, job in read_plan(folder)[0].jobs.items() if job.kind == "refine")
+    write_json(folder.record(failed), {"status": 1, "seconds": 0.5, "why": "no luck", "log": "x.log"})
+    code, state, said = ends()
+    assert (code, state) == (1, "failed") and "cells   1: 1 failed" in said and "no luck" in said
+    assert f"report: {folder.report}" in said and folder.report.is_file()
+
+
 def test_a_task_whose_sweep_has_other_jobs_by_now_says_so(submitted: Callable[..., SweepFolder]) -> None:
     folder = submitted()
     (path,) = folder.path.glob("slurm/0001/submission.json")
@@ -91,7 +144,9 @@ def test_jobs_in_the_queue_are_known_by_the_names_of_their_tasks(
     folder = SweepFolder(tmp_path / "sweep")
     folder.create()
     folder.sweep.touch()
-    new_submission(folder, [["refine-a", "evaluate-a"], ["refine-b"], ["attribute-s"]])
+    submission = new_submission(folder, [["refine-a", "evaluate-a"], ["refine-b"], ["attribute-s"]])
+    submission.add(Job("refine", "7", 0, 2))
+    submission.add(Job("report", "11"))
     assert [each.number for each in read_submissions(folder)] == [1]
 
     def queued(id: str, index: int | None, name: str, of: Path) -> slurm.QueuedJob:
@@ -102,11 +157,16 @@ def test_jobs_in_the_queue_are_known_by_the_names_of_their_tasks(
             queued("7_1", 1, "hpcguard-refine-0001-0", folder.path),
             queued("8", None, "hpcguard-attribute-0001-2", folder.path),
             queued("9_0", 0, "hpcguard-refine-0001-0", tmp_path / "other"), queued("10", None, "mine", folder.path),
+            queued("11", None, "hpcguard-report-0001", folder.path),
         ],
     )  # fmt: skip
+    monkeypatch.setattr(slurm, "states", lambda ids: {"7_0": "TIMEOUT", "11": "FAILED"})
     seen = look(folder, ["refine-a", "refine-b", "attribute-s"])
     assert {name: task.id for name, task in seen.live.items()} == {"refine-b": "7_1", "attribute-s": "8"}
-    assert seen.ended == {} and seen.problem == ""
+    assert (
+        seen.ended.keys() == {"refine-a"} and "task 7_0 ended as TIMEOUT" in seen.ended["refine-a"]
+    )  # not the last job
+    assert seen.problem == ""
 
     def silent() -> list[slurm.QueuedJob]:
         raise InputError("squeue: no answer")

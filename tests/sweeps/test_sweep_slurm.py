@@ -79,6 +79,12 @@ class Bench:
             found.append(json.loads(path.read_text())["tasks"][: sum(array["tasks"] for array in arrays)])
         return found
 
+    def last_job(self) -> str:
+        """Id of the newest submission's last job."""
+        last = json.loads(sorted(self.sweep.glob("slurm/*/jobs.json"))[-1].read_text())["jobs"][-1]
+        assert last["kind"] == "report"
+        return last["job"]
+
     def queue(self) -> list[str]:
         lines = self.cluster.run("squeue -h -r -o '%i %T %k'").splitlines()
         return [line for line in lines if str(self.sweep) in line]
@@ -134,7 +140,8 @@ def swept(bench: Bench) -> Bench:
 
 
 def _submitted_in_two_parts(bench: Bench) -> None:
-    assert "slurm        4 arrays, 5 tasks" in bench.submit("--dry-run")
+    planned = bench.submit("--dry-run")
+    assert "slurm        4 arrays, 5 tasks" in planned and "report     1 task" in planned
     assert not bench.sweep.exists()
     (bench.folder / "bin/hold").touch()
     process = bench.start("sweep", str(bench.folder / "sweep.yaml"), f"run={bench.sweep}", "cluster.executor=slurm")
@@ -160,6 +167,9 @@ def _two_tasks_are_lost(bench: Bench) -> None:
     bench.wait(lambda: list(locks.glob("evaluate-*.lock")), "an evaluation: a neighbour's failure is none of its own")
     bench.kill_task(next(locks.glob("evaluate-*.lock")))
     bench.wait(lambda: not bench.queue(), "an empty queue")  # what waits for the store does not stay there
+    # The last job ran although arrays were cancelled, and says by its end that cells have failed.
+    assert Counter(row["state"] for row in rows(bench.sweep)) == {"held up": 18, "failed": 6}
+    assert bench.cluster.state(bench.last_job()) == "FAILED"
     state = bench.status()
     assert Counter(cell["state"] for cell in state["cells"]) == {"held up": 18, "failed": 6}
     assert {name.split("-")[0] for name in state["failed"]} == {"attribute", "evaluate"}
@@ -212,15 +222,30 @@ def test_a_finished_sweep_submits_nothing(swept: Bench) -> None:
     assert swept.submitted() == before
 
 
-def test_it_is_not_done_here_while_slurm_has_it(swept: Bench) -> None:
+def test_what_slurm_has_is_not_done_here_and_can_be_cancelled(swept: Bench) -> None:
     """An added cell, whose training is held back."""
+    swept.wait(lambda: not swept.queue(), "an empty queue")
+    assert swept.cluster.state(swept.last_job()) == "COMPLETED"  # of the submission that did the rest
     swept.cluster.run("scontrol update NodeName=n0,n1 State=DRAIN Reason=test")
+    others = swept.cluster.sbatch("true", "--job-name=hpcguard-refine-0004-0", f"--comment={swept.folder}/other")
     swept.submit("seeds=[0,1,2,3]")
     assert {name.split("-")[0] for task in swept.submitted()[-1] for name in task} == {"refine", "evaluate"}
     assert Counter(cell["state"] for cell in swept.status()["cells"]) == {"done": 24, "queued": 8}
     refused = swept.hpcguard("sweep", str(swept.sweep), "cluster.executor=local", status=2)
-    assert "in Slurm's queue" in refused and "scancel" in refused
-    swept.cluster.run(refused.rpartition("`")[0].rpartition("`")[2])
+    assert "in Slurm's queue" in refused and f"`hpcguard cancel {swept.sweep}`" in refused
+
+    queued = swept.queue()
+    listed = swept.hpcguard("cancel", str(swept.sweep), "--dry-run")
+    assert f"{swept.last_job():<9} report       submission 0004  1 PENDING" in listed
+    assert f"would be cancelled; `hpcguard sweep {swept.sweep}` would go on from there" in listed
+    assert swept.queue() == queued
+    swept.hpcguard("cancel", str(swept.sweep))
     swept.wait(lambda: not swept.queue(), "an empty queue")
+    assert swept.cluster.run("squeue -h -o %i") == others
     assert Counter(cell["state"] for cell in swept.status()["cells"]) == {"done": 24, "waiting": 8}
-    swept.cluster.run("scontrol update NodeName=n0,n1 State=RESUME")
+
+    before = swept.submitted()
+    swept.hpcguard("sweep", str(swept.sweep))
+    assert swept.submitted() == [*before, before[-1]]
+    swept.hpcguard("cancel", str(swept.sweep))
+    swept.cluster.run(f"scancel {others}; scontrol update NodeName=n0,n1 State=RESUME")
