@@ -117,7 +117,7 @@ def _identity(config: Config, training: TrainingConfig, folder: RunFolder, image
         "data": {**config.data.identity(), "sha256": images.digest()},
     }
     if config.data.validation:
-        identity["validation_eps"] = config.evaluation.eps  # the best epoch is chosen by it
+        identity["validation_eps"] = config.validation_eps(training)  # the best epoch is chosen by it
     if training.start == "baseline":
         identity["start_sha256"] = digest_file(folder.explained_weights(config))
     if training.guided:

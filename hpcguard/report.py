@@ -120,7 +120,7 @@ def run_sweep(path: Path, arguments: argparse.Namespace) -> int:
     """The same for a sweep's folder, as far as it is done."""
     if arguments.overrides:
         raise InputError(f"{arguments.overrides[0]}: a sweep's report has no keys; `hpcguard sweep` takes them")
-    say(f"report: {write_report(SweepFolder(path))}")
+    write_report(SweepFolder(path))
     return 0
 
 

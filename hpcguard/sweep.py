@@ -225,7 +225,7 @@ def _conclude(folder: SweepFolder, graph: Graph, alike: dict[str, Any], outcome:
         log = record_of(folder, name).get("log")
         say(f"sweep: {name} FAILED: {why}{f' (log: {log})' if log else ''}")
     told = ", ".join(f"{count} {state}" for state, count in sorted(Counter(states).items()))
-    say(f"sweep: {len(graph.cells)} cells: {told}; {folder.table}, {folder.report}")
+    say(f"sweep: {len(graph.cells)} cells: {told}; {folder.table}")
     if outcome.held_up:
         say(f"sweep: {len(outcome.held_up)} jobs were not begun, for they need what has failed")
     if outcome.stopped:

@@ -64,6 +64,13 @@ class Config(Section):
         except ValidationError as error:
             raise InputError(explain(error, TrainingConfig, f"controls.{name}")) from error
 
+    def validation_eps(self, training: TrainingConfig) -> float:
+        """Radius of the attack that an arm's epochs are compared by."""
+        if training.validation_eps is not None:
+            return training.validation_eps
+        of_training = training.attacked and training.attack.norm == "l2"
+        return training.attack.eps if of_training else self.evaluation.eps
+
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from hpcguard.config.objective import AttackConfig, MaskingConfig, SensitivityConfig
-from hpcguard.config.section import Section, Share, Weight
+from hpcguard.config.section import Radius, Section, Share, Weight
 from hpcguard.config.spurious import SpuriousConfig
 
 
@@ -59,6 +59,9 @@ class TrainingConfig(Section):
     (data.validation), for adversarial training overfits. With last, those are kept beside them in best.safetensors."""
     validation_images: int = Field(256, gt=0)
     """So many images of the validation split are attacked after every epoch, at most."""
+    validation_eps: Radius | None = None
+    """Radius of that attack, in the training's norm if that is l2; null: that of an l2 training, else evaluation.eps.
+    Weights depend on it, so set it where they are to be evaluated at several radii."""
     keep: int = Field(2, gt=0)
     """Checkpoints kept while training, besides that of the best epoch; the older serve where the newest is damaged."""
     checkpoint_minutes: float | None = Field(15.0, ge=0)

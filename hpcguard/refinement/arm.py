@@ -162,14 +162,12 @@ def _note(entry: dict[str, Any], images_per_second: float) -> str:
 
 
 def _validation(config: Config, training: TrainingConfig) -> Validation | None:
-    """The validation split, attacked with the radius of the evaluation, the same for every arm; where training is in an
-    L2 ball, in that one."""
+    """The validation split, attacked in Linf for every arm but those that are trained in an L2 ball."""
     if not config.data.validation:
         return None
     images = load_images(config.data, "validation")
-    if training.attacked and training.attack.norm == "l2":
-        return Validation(images, training.attack.eps, "l2")
-    return Validation(images, config.evaluation.eps)
+    norm = "l2" if training.attacked and training.attack.norm == "l2" else "linf"
+    return Validation(images, config.validation_eps(training), norm)
 
 
 def _batches(folder: RunFolder, images: ImageSet, training: TrainingConfig) -> tuple[Batches, dict[str, float]]:

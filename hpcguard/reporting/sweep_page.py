@@ -32,10 +32,12 @@ from hpcguard.reporting.sweep_tables import (
     signed_points,
     value_text,
 )
-from hpcguard.reporting.tables import MISSING
+from hpcguard.reporting.tables import MISSING, to_text
 from hpcguard.sweeps.analysis import Analysis
 from hpcguard.sweeps.cost import CostLine
 from hpcguard.sweeps.means import Estimate, Line, settings
+
+MOST_SPOKEN = 40  # lines that a terminal shows without scrolling away what failed
 
 
 def notes(analysis: Analysis) -> list[str]:
@@ -66,6 +68,17 @@ def sheets(analysis: Analysis) -> list[Sheet]:
     if analysis.qualities:
         found.append(explanations_sheet(analysis.lines, analysis.axes, analysis.qualities))
     return found
+
+
+def spoken(analysis: Analysis) -> list[str]:
+    """Means and notes for a terminal; of many settings only where they are."""
+    if not analysis.measured:
+        return notes(analysis)
+    if len(analysis.lines) > MOST_SPOKEN:
+        return [*notes(analysis), f"{len(analysis.lines)} settings: their means are in table.md"]
+    plain = as_table(sheets(analysis)[0], str)
+    what = "Accuracy in %" if analysis.single else "Accuracy in %, means over seeds ± 95% interval"
+    return [f"{what}:", *to_text(plain).splitlines(), *notes(analysis)]
 
 
 def pictures(analysis: Analysis) -> list[Picture]:

@@ -150,7 +150,7 @@ class _Builder:
         guided, start = training.section.guided, training.section.start == "baseline"
         depends = [settings.data.digest, settings.model.digest, training.digest]
         if settings.data.section.validation:
-            depends.append(str(self.base.evaluation.eps))  # the best epoch is chosen by it
+            depends.append(str(self.base.validation_eps(training.section)))  # the best epoch is chosen by it
         needs: tuple[str, ...] = ()
         if guided and explained is not None:
             needs = (self._attribute(settings, explained),)

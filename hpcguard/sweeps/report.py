@@ -6,8 +6,9 @@ from typing import Any
 
 import yaml
 
+from hpcguard.progress import say
 from hpcguard.reporting.html import render_page
-from hpcguard.reporting.sweep_page import notes, page_values, pictures, sheets
+from hpcguard.reporting.sweep_page import notes, page_values, pictures, sheets, spoken
 from hpcguard.reporting.sweep_pictures import NAMES
 from hpcguard.reporting.sweep_tables import sheets_latex, sheets_markdown
 from hpcguard.runs import publish
@@ -20,8 +21,8 @@ from hpcguard.sweeps.folder import SweepFolder, read_plan
 from hpcguard.sweeps.table import axes_of, columns, rows, to_csv, units
 
 
-def write_report(folder: SweepFolder) -> Path:
-    """Write table.csv, .h5, .md and .tex and report/ of what is there, the page last; the page's path."""
+def write_report(folder: SweepFolder) -> None:
+    """Write table.csv, .h5, .md and .tex and report/ of what is there, the page last; say what they show."""
     graph, alike, control = read_plan(folder)
     states = [state for state, _ in cell_states(graph, job_states(folder, graph, alike))]
     table = rows(folder, graph, alike, states)
@@ -38,7 +39,9 @@ def write_report(folder: SweepFolder) -> Path:
     cost = cost_lines(graph, costs(folder, graph, alike))
     values = page_values(shown_path(folder), analysis, drawn, cost, commands, _sweep(folder), alike)
     _write(folder.report, render_page(values, "sweep.html.j2").encode())
-    return folder.report
+    for line in spoken(analysis):
+        say(line)
+    say(f"report: {folder.report}")
 
 
 def _write_tables(folder: SweepFolder, analysis: Analysis) -> None:

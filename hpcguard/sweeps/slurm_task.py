@@ -55,11 +55,10 @@ def report_task(_: int) -> None:
     from hpcguard.sweeps.report import write_report  # here, for matplotlib: who only submits waits for nothing
 
     folder = SweepFolder(submit.own_submission().parents[1])
-    page = write_report(folder)
     state = overview(folder)
     for line in lines(state):
         say(line)
-    say(f"report: {page}")
+    write_report(folder)
     raise SystemExit(1 if any(cell["state"] in ("failed", "held up") for cell in state["cells"]) else 0)
 
 

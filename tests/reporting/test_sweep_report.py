@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import shlex
+import statistics
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -195,10 +196,36 @@ def test_a_sweep_of_which_nothing_is_measured(tmp_path: Path, capsys: pytest.Cap
     stale.parent.mkdir()
     stale.write_bytes(b"")
     assert run_stage("report", [str(folder.path)]) == 0
-    assert capsys.readouterr().out == f"report: {folder.report}\n"
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "0 of 12 cells are measured; 12 waiting. They count for nothing here.", f"report: {folder.report}"
+    ]  # fmt: skip
     text = folder.report.read_text()
     assert "Nothing is measured yet." in text and "0 of 12 cells are measured; 12 waiting." in text
     assert not stale.exists() and "<img" not in text
+
+
+def test_the_means_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, _ = make(tmp_path / "sweep", waiting=1)
+    assert run_stage("report", [str(folder.path)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "Accuracy in %, means over seeds ± 95% interval:" and len(said) == 1 + 1 + 4 + 2
+    table = list(csv.DictReader(folder.table.read_text().splitlines()))
+    for line in said[2:6]:
+        rule, epochs, batch, seeds, clean, *_ = re.split(r"  +", line)
+        values = [
+            100 * float(row["clean"])
+            for row in table
+            if (row["rule"], row["refinement.batch_size"], row["refinement.epochs"]) == (rule, batch, epochs)
+            and row["clean"]
+        ]
+        assert (int(seeds), clean.split()[0]) == (len(values), f"{statistics.fmean(values):.1f}")
+    assert said[6] == "11 of 12 cells are measured; 1 waiting. They count for nothing here."
+
+
+def test_many_settings_are_not_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, _ = make(tmp_path / "sweep", waiting=100, zip=[], axes={"data.seed": [*range(41)]}, control={})
+    assert run_stage("report", [str(folder.path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-2] == "41 settings: their means are in table.md"
 
 
 def test_one_seed_and_no_control(tmp_path: Path) -> None:
