@@ -180,8 +180,9 @@ def test_a_cell_is_what_load_config_makes_of_its_changes(tmp_path: Path) -> None
 
 
 CONFIGS = Path(__file__).parents[2] / "configs/sweeps"
+# Settings, and stores for all seeds.
 CELLS = {"components": 10, "spurious_rule": 4, "strength": 16, "samples": 6, "rounds": 5, "study": 13}
-STORES = {"components": 1, "spurious_rule": 1, "strength": 1, "samples": 5, "rounds": 1 + 3 * 3, "study": 1}  # of all seeds
+STORES = {"components": 1, "spurious_rule": 1, "strength": 1, "samples": 5, "rounds": 1 + 3 * 3, "study": 1}
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
