@@ -181,8 +181,9 @@ def test_a_cell_is_what_load_config_makes_of_its_changes(tmp_path: Path) -> None
 
 CONFIGS = Path(__file__).parents[2] / "configs/sweeps"
 # Settings, and stores for all seeds.
-CELLS = {"components": 10, "spurious_rule": 4, "strength": 16, "samples": 6, "rounds": 5, "study": 13}
-STORES = {"components": 1, "spurious_rule": 1, "strength": 1, "samples": 5, "rounds": 1 + 3 * 3, "study": 1}
+CELLS = {"components": 10, "spurious_rule": 4, "strength": 16, "samples": 6, "rounds": 5}
+STUDY = {"study": 13, "study_choice": 13}
+STORES = {"components": 1, "spurious_rule": 1, "strength": 1, "samples": 5, "rounds": 1 + 3 * 3}
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -192,11 +193,12 @@ def test_every_sweep_that_comes_with_hpcguard_plans(path: Path, monkeypatch: pyt
     graph = plan_jobs(sweep.run, base, expand(sweep))
     name = path.stem.removesuffix("_small")
     assert sweep.run == Path("runs/sweeps") / path.stem
-    assert len(graph.cells) == 3 * CELLS[name]
-    assert counts(graph)["attribute"] == STORES[name]
+    seeds = 1 if name == "study_choice" else 3
+    assert len(graph.cells) == seeds * (CELLS | STUDY)[name]
+    assert counts(graph)["attribute"] == STORES.get(name, 1)
     assert counts(graph)["evaluate"] == len(graph.cells)  # no two cells are the same
     controls = [cell for cell in graph.cells if matches(cell.values, sweep.control)]
-    assert len(controls) == 3  # one for each seed
+    assert len(controls) == seeds
     assert not any(graph.inputs[cell.refine].training.guided for cell in controls)  # type: ignore[union-attr]
     header = path.read_text().split("\nrun:")[0]
     assert f"hpcguard sweep configs/sweeps/{path.name}" in header
@@ -205,4 +207,4 @@ def test_every_sweep_that_comes_with_hpcguard_plans(path: Path, monkeypatch: pyt
 
 def test_there_is_a_small_version_of_each() -> None:
     names = {path.stem for path in CONFIGS.glob("*.yaml")}
-    assert names == {f"{name}{size}" for name in CELLS for size in ("", "_small")} - {"study_small"}
+    assert names == {f"{name}{size}" for name in CELLS for size in ("", "_small")} | STUDY.keys()
