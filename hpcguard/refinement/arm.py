@@ -166,8 +166,10 @@ def _validation(config: Config, training: TrainingConfig) -> Validation | None:
     if not config.data.validation:
         return None
     images = load_images(config.data, "validation")
-    norm = "l2" if training.attacked and training.attack.norm == "l2" else "linf"
-    return Validation(images, config.validation_eps(training), norm)
+    eps = config.validation_eps(training)
+    if training.attacked and training.attack.norm == "l2":
+        return Validation(images, eps, "l2")
+    return Validation(images, eps)
 
 
 def _batches(folder: RunFolder, images: ImageSet, training: TrainingConfig) -> tuple[Batches, dict[str, float]]:
