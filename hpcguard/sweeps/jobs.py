@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hpcguard.config import Config, TrainingConfig
+from hpcguard.config import Config, LimeConfig, TrainingConfig
 from hpcguard.errors import InputError
 from hpcguard.runs import RunFolder, digest_file, digest_json
 from hpcguard.sweeps.grid import Cell
@@ -153,6 +153,7 @@ class _Builder:
             depends.append(str(self.base.validation_eps(training.section)))  # the best epoch is chosen by it
         needs: tuple[str, ...] = ()
         if guided and explained is not None:
+            _check_computed(training.section, settings.attribution.section)
             needs = (self._attribute(settings, explained),)
             folder = self.jobs[needs[0]].folder
         else:
@@ -175,6 +176,19 @@ class _Builder:
             self.jobs[name] = Job(name, "attribute", f"stores/{store}", "", explained.needs)
             self.inputs[name] = Inputs(settings, None, explained.path)
         return name
+
+
+def _check_computed(training: TrainingConfig, attribution: LimeConfig) -> None:
+    """InputError where flags need what the store will not have: known now, not only after hours of attribution."""
+    lacking = {
+        "sensitivity": "" if attribution.sensitivity else "attribution.sensitivity=true",
+        "instability": "" if attribution.noisy_copies else "attribution.noisy_copies=5",
+    }
+    for name in training.spurious.criteria:
+        if change := lacking.get(name):
+            raise InputError(
+                f"refinement.spurious.criteria = {name}: attribution does not compute it; set {change} or choose others"
+            )
 
 
 def _digest(*parts: str) -> str:

@@ -18,6 +18,7 @@ from hpcguard.sweeps.settings import Resolver
 
 BASE: dict[str, Any] = {"baseline": {"epochs": 3, "engine": "torch"}, "refinement": {"engine": "torch", "epochs": 2}}
 SAMPLES, MASKING = "attribution.num_samples", "refinement.masking.weight"
+CRITERIA = "refinement.spurious.criteria"
 
 
 def graph_of(base: dict[str, Any] | None = None, run: Path = Path("sweep"), **values: Any) -> tuple[Graph, Config]:
@@ -156,6 +157,13 @@ def test_configurations_give_what_the_cell_says(tmp_path: Path) -> None:
         ({}, {"refinement.epochs": [1]}, "cell .*there is no model to explain"),
         (BASE, {"rounds": [0]}, "rounds = 0: write a whole number"),
         (BASE, {"rounds": [True]}, "rounds = True"),
+        (BASE, {CRITERIA: [["weight", "instability"]]}, "criteria = instability: .*set attribution.noisy_copies=5"),
+        (BASE, {CRITERIA: [["instability"]], "attribution.noisy_copies": [2]}, None),
+        (
+            BASE,
+            {CRITERIA: [["sensitivity"]], "attribution.sensitivity": [False]},
+            "criteria = sensitivity: .*set attribution.sensitivity=true",
+        ),
     ],
 )
 def test_cells_that_cannot_be_done(base: dict[str, Any], changes: dict[str, Any], expected: str | None) -> None:
