@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -33,7 +34,9 @@ from hpcguard.sweeps.jobs import plan_jobs
 
 PARTS = ("plan", "status", "shared")
 SEEDS = 10
-SHARED = Path(__file__).parents[1] / "configs/sweeps/components_small.yaml"
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT / "configs/sweeps/components_small.yaml"
+RESULTS = ROOT / "docs/results/study/cells"
 
 
 def sweep_file(folder: Path, cells: int) -> Path:
@@ -78,24 +81,28 @@ def status(arguments: argparse.Namespace) -> Figures:
         folder = SweepFolder(sweep.run)
         folder.create()
         write_plan(folder, sweep, base, graph)
-        for cell in graph.cells[: int(arguments.done * len(graph.cells))]:
-            job = graph.jobs[cell.refine]
-            pretend(folder.run(job), job.arm, {**measured_alike(base), "weights_sha256": "0" * 64})
+        cells = graph.cells[: int(arguments.done * len(graph.cells))]
+        identity = {**measured_alike(base), **dict.fromkeys(("weights_sha256", "baseline_sha256"), "0" * 64)}
+        for job in [graph.jobs[name] for name in graph.before(cell.evaluate for cell in cells)]:
+            if job.kind == "refine":
+                pretend(folder.run(job), job.arm, identity)
         wall, cpu = measured(["status", str(sweep.run)], arguments.rounds)
     return {f"status_{arguments.cells}_s": wall, f"status_{arguments.cells}_cpu_s": cpu}
 
 
 def pretend(run: RunFolder, arm: str, identity: dict[str, object]) -> None:
-    """Files of a trained and measured arm, as large as real ones but for the weights."""
-    attack = {"right": 60, "of": 128, "accuracy": 0.47, "low": 0.38, "high": 0.55, "seconds": 1.0}
-    names = ("clean", "fgsm", "pgd-20", "autoattack")
-    result = {"arm": arm, "identity": identity, "attacks": dict.fromkeys(names, attack)}
+    """Files of a trained and measured arm: a result of the study with another identity; the weights are empty."""
     training = {"arm": arm, "weights_sha256": "0" * 64, "identity": identity, "seconds": 1.0}
     for path in (run.weights(arm), run.result(arm), run.explanations(arm)):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    run.result(arm).write_text(json.dumps(result))
-    run.training(arm).write_text(json.dumps(training))
+    run.result(arm).write_text(json.dumps({**real_result(), "arm": arm, "identity": identity}, indent=1))
+    run.training(arm).write_text(json.dumps(training, indent=1))
+
+
+@cache
+def real_result() -> dict[str, object]:
+    return dict(json.loads(min(RESULTS.glob("*.json")).read_text()))
 
 
 def shared(arguments: argparse.Namespace) -> Figures:
@@ -114,7 +121,7 @@ def main() -> None:
     parser.add_argument("--done", type=float, default=0.6, help="share of the cells that part status finds done")
     parser.add_argument("--rounds", type=int, default=3, help="repetitions; medians are shown")
     arguments = parser.parse_args()
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(SHARED.parents[2]), os.environ.get("PYTHONPATH", "")])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     figures, load = run_parts({"plan": plan, "status": status, "shared": shared}, parser, arguments)
     if arguments.json:
         print(json.dumps({**figures, "hardware": hardware(), "load": load}))

@@ -81,7 +81,7 @@ def _cost(folder: SweepFolder, job: Job, alike: Mapping[str, Any]) -> Cost | Non
         if job.kind == "refine":
             on_gpu = str(training.get("device")).startswith("cuda")
             return _spent(training["seconds"], training.get("world_size", 1), training.get("threads", 1), on_gpu)
-        result = result_of(run, job.arm, training, alike)
+        result = result_of(folder, job, training, alike)
         if result is None:
             return None
         hardware = result.get("hardware", {})

@@ -1,6 +1,8 @@
 """What is done of a sweep, by the stages' own files."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any
 
 from hpcguard.cluster.plan import read_plan
@@ -23,16 +25,47 @@ def training_of(run: RunFolder, arm: str) -> dict[str, Any] | None:
         return None
 
 
-def result_of(run: RunFolder, arm: str, training: Mapping[str, Any], alike: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The result of an arm, if it is of these weights and was measured as the sweep says."""
+def result_of(
+    folder: SweepFolder, job: Job, training: Mapping[str, Any], alike: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """The result of an evaluation, if it is of these weights, held against those and measured as the sweep says."""
+    run, arm = folder.run(job), job.arm
     try:
         result = read_json(run.result(arm), REMEDY, attacks=dict, identity=dict)
     except InputError:
         return None
     wanted = {**alike, "weights_sha256": training["weights_sha256"]}
+    if against := _against(folder, job):
+        wanted["baseline_sha256"] = against
     explained = not alike["evaluation"]["explained"] or run.explanations(arm).is_file()
     fits = all(result["identity"].get(key) == value for key, value in wanted.items())
     return result if fits and explained else None
+
+
+def _against(folder: SweepFolder, job: Job) -> str | None:
+    """The digest of what an evaluation holds its arm against; None where that is nothing, or is gone."""
+    if not job.explained:
+        return None
+    recorded = _recorded(folder.path, job.explained)
+    try:
+        return _weights_digest(recorded, recorded.stat().st_mtime_ns)
+    except (OSError, InputError):
+        return None
+
+
+@lru_cache(maxsize=4096)  # thousands of evaluations ask for the same
+def _recorded(folder: Path, explained: str) -> Path:
+    """The file that tells the digest of such weights: a training.json, or given weights themselves."""
+    weights = folder / explained
+    own = not Path(explained).is_absolute()
+    return RunFolder(weights.parents[2]).training(weights.parent.name) if own else weights
+
+
+@lru_cache(maxsize=4096)
+def _weights_digest(path: Path, changed: int) -> str:
+    if path.suffix == ".json":
+        return str(read_json(path, REMEDY, weights_sha256=str)["weights_sha256"])
+    return digest_file(path)
 
 
 def is_stored(run: RunFolder) -> bool:
@@ -46,21 +79,25 @@ def is_stored(run: RunFolder) -> bool:
         return False
 
 
-def is_done(folder: SweepFolder, job: Job, alike: Mapping[str, Any]) -> bool:
+def is_done(
+    folder: SweepFolder, job: Job, alike: Mapping[str, Any],
+    read: Callable[[RunFolder, str], dict[str, Any] | None] = training_of,
+) -> bool:  # fmt: skip
     run = folder.run(job)
     if job.kind == "attribute":
         return is_stored(run)
-    training = training_of(run, job.arm)
+    training = read(run, job.arm)
     if job.kind == "refine" or training is None:
         return training is not None
-    return result_of(run, job.arm, training, alike) is not None
+    return result_of(folder, job, training, alike) is not None
 
 
 def done_jobs(folder: SweepFolder, graph: Graph, alike: Mapping[str, Any]) -> set[str]:
     """Jobs whose files are there and fit each other."""
     if not folder.path.is_dir():
         return set()
-    return {job.name for job in graph.jobs.values() if is_done(folder, job, alike)}
+    read = cache(training_of)  # once for an arm's training and its evaluation
+    return {job.name for job in graph.jobs.values() if is_done(folder, job, alike, read)}
 
 
 def jobs_to_do(graph: Graph, done: set[str]) -> list[str]:

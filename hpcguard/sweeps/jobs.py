@@ -29,6 +29,9 @@ class Job:
     folder: str  # its run folder, in the sweep's
     arm: str  # empty for attribute
     needs: tuple[str, ...]
+    explained: str = (
+        ""  # of evaluate: weights that it holds the arm's against, in the sweep's folder or an absolute path
+    )
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Inputs:
 
     settings: Settings
     training: TrainingConfig | None
-    explained: Path | None  # weights that are explained or started from
+    explained: Path | None  # weights that are explained, or started from, or that an evaluation holds the arm's against
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Graph:
 
 @dataclass(frozen=True)
 class _Weights:
-    """A model to be explained, or started from."""
+    """A model that is explained, or started from."""
 
     path: Path
     digest: str
@@ -88,7 +91,8 @@ def plan_jobs(folder: Path, base: Config, cells: list[Cell]) -> Graph:
         except InputError as error:
             text = str(error)
             raise InputError(text if text.startswith("cell ") else f"cell {cell.name}: {text}") from error
-    return Graph(builder.cells, builder.jobs, builder.inputs)
+    builder.add_evaluations()
+    return Graph(builder.cells, builder.in_order(), builder.inputs)
 
 
 class _Builder:
@@ -98,18 +102,52 @@ class _Builder:
         self.jobs: dict[str, Job] = {}
         self.inputs: dict[str, Inputs] = {}
         self._files: dict[Path, str] = {}
+        self._used: dict[str, _Weights] = {}  # by training: the model that it has explained, or starts from
+        self._first: dict[str, _Weights] = {}  # by the folder of a data and model: the first of these
 
     def add(self, cell: Cell) -> None:
         settings = self.resolver.settings(cell)
         refine = self._rounds(settings)
-        trained = self.jobs[refine]
-        evaluate = f"evaluate-{trained.arm}"
-        if evaluate not in self.jobs:
-            self.jobs[evaluate] = Job(evaluate, "evaluate", trained.folder, trained.arm, (refine,))
-            weights = RunFolder(self.folder / trained.folder).weights(trained.arm)
-            self.inputs[evaluate] = Inputs(settings, self.inputs[refine].training, weights)
+        if refine in self._used:
+            self._first.setdefault(_models(settings), self._used[refine])
         seed = settings.refinement.section.seed if cell.seed is None else cell.seed
-        self.cells.append(Planned(cell.values, seed, refine, evaluate))
+        self.cells.append(Planned(cell.values, seed, refine, f"evaluate-{self.jobs[refine].arm}"))
+
+    def add_evaluations(self) -> None:
+        """Each holds its arm against the model that was explained for it, or where none was, for other cells.
+
+        So the controls too have a sibling that attacks are transferred from, and flags that explanations are held to.
+        """
+        for cell in self.cells:
+            trained, inputs = self.jobs[cell.refine], self.inputs[cell.refine]
+            against = self._used.get(cell.refine) or self._first.get(_models(inputs.settings))
+            if against is not None and cell.refine in against.needs:
+                against = None  # no model is its own sibling
+            explained = against.path if against else None
+            needs = (cell.refine, *(against.needs if against else ()))
+            self.jobs[cell.evaluate] = Job(
+                cell.evaluate, "evaluate", trained.folder, trained.arm, needs, self._shown(explained)
+            )
+            self.inputs[cell.evaluate] = Inputs(inputs.settings, inputs.training, explained)
+
+    def _shown(self, weights: Path | None) -> str:
+        if weights is None:
+            return ""
+        return str(weights.relative_to(self.folder) if weights.is_relative_to(self.folder) else weights.resolve())
+
+    def in_order(self) -> dict[str, Job]:
+        """The jobs cell by cell, each behind those that it needs."""
+        found: dict[str, Job] = {}
+        for cell in self.cells:
+            open_ = [cell.evaluate]
+            while open_:
+                name = open_[-1]
+                left = [need for need in self.jobs[name].needs if need not in found]
+                if left:
+                    open_ += left  # the last is the first to be dealt with: an evaluation's explained model
+                else:
+                    found[open_.pop()] = self.jobs[name]
+        return found
 
     def _rounds(self, settings: Settings) -> str:
         """The job that trains a cell's last round; each round explains what the one before has trained."""
@@ -157,7 +195,7 @@ class _Builder:
             needs = (self._attribute(settings, explained),)
             folder = self.jobs[needs[0]].folder
         else:
-            folder = f"models/{_digest(settings.data.digest, settings.model.digest)}"
+            folder = _models(settings)
             if start and explained is not None:
                 needs = explained.needs
                 depends.append(explained.digest)
@@ -165,8 +203,11 @@ class _Builder:
         name = f"refine-{arm}"
         if name not in self.jobs:
             self.jobs[name] = Job(name, "refine", folder, arm, needs)
-            used = explained.path if explained is not None and (guided or start) else None
-            self.inputs[name] = Inputs(settings, training.section, used)
+            if explained is not None and (guided or start):
+                self._used[name] = explained
+            self.inputs[name] = Inputs(
+                settings, training.section, self._used[name].path if name in self._used else None
+            )
         return name
 
     def _attribute(self, settings: Settings, explained: _Weights) -> str:
@@ -189,6 +230,10 @@ def _check_computed(training: TrainingConfig, attribution: LimeConfig) -> None:
             raise InputError(
                 f"refinement.spurious.criteria = {name}: attribution does not compute it; set {change} or choose others"
             )
+
+
+def _models(settings: Settings) -> str:
+    return f"models/{_digest(settings.data.digest, settings.model.digest)}"
 
 
 def _digest(*parts: str) -> str:
@@ -219,7 +264,7 @@ def job_config(folder: Path, base: Config, jobs: list[Job], inputs: Mapping[str,
 
 def pack_key(job: Job, inputs: Inputs) -> tuple[str, ...]:
     """Jobs with the same can be done by one process, with one configuration."""
-    explained = str(inputs.explained) if job.kind == "refine" else ""
+    explained = str(inputs.explained) if job.kind != "attribute" else ""
     return (job.kind, job.folder, explained, job.name if job.kind == "attribute" else "")
 
 

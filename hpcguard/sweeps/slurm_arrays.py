@@ -10,7 +10,7 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from hpcguard.cluster.packing import pack
-from hpcguard.sweeps.jobs import Graph, Job, Kind, pack_key
+from hpcguard.sweeps.jobs import Graph, Kind, pack_key
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,7 @@ def arrange(
     groups: dict[tuple[Kind, tuple[str, ...]], list[list[str]]] = {}
     not_done = live | set(todo)
     for jobs in _tasks(graph, todo, not_done, per_task):
-        first = graph.jobs[jobs[0]]
-        groups.setdefault((first.kind, _waits_for(first, not_done)), []).append(jobs)
+        groups.setdefault((graph.jobs[jobs[0]].kind, _waits_for(graph, jobs, not_done)), []).append(jobs)
     parts = [
         (kind, needs, tasks[start : start + largest])
         for (kind, needs), tasks in groups.items()
@@ -47,8 +46,8 @@ def arrange(
 
 def _tasks(graph: Graph, todo: Sequence[str], not_done: Set[str], per_task: int) -> list[list[str]]:
     place = {name: number for number, name in enumerate(todo)}
-    waited_for = {need for name in todo if graph.jobs[name].kind != "evaluate" for need in graph.jobs[name].needs}
     own = {graph.jobs[name].needs[0]: name for name in todo if graph.jobs[name].kind == "evaluate"}
+    waited_for = {need for name in todo for need in graph.jobs[name].needs if own.get(need) != name}
     own = {trained: evaluate for trained, evaluate in own.items() if trained in place and trained not in waited_for}
     alike: dict[tuple[object, ...], list[str]] = {}
     for name in todo:
@@ -56,7 +55,8 @@ def _tasks(graph: Graph, todo: Sequence[str], not_done: Set[str], per_task: int)
         if job.kind == "evaluate" and job.needs[0] in own:
             continue  # it follows its training
         key = ("alone", name) if name in waited_for else pack_key(job, graph.inputs[name])
-        alike.setdefault((key, _waits_for(job, not_done)), []).append(name)
+        both = [name, own[name]] if name in own else [name]
+        alike.setdefault((key, _waits_for(graph, both, not_done)), []).append(name)
     packs = [batch for names in alike.values() for batch in _packed(names, per_task)]
     packs.sort(key=lambda batch: place[batch[0]])  # so that groups begin behind those that they need
     return [[*batch, *(own[name] for name in batch if name in own)] for batch in packs]
@@ -66,8 +66,10 @@ def _packed(names: list[str], per_task: int) -> list[list[str]]:
     return [[names[place] for place in places] for places in pack(range(len(names)), per_task)]
 
 
-def _waits_for(job: Job, not_done: Set[str]) -> tuple[str, ...]:
-    return tuple(need for need in job.needs if need in not_done)
+def _waits_for(graph: Graph, jobs: Sequence[str], not_done: Set[str]) -> tuple[str, ...]:
+    """What a task of these jobs waits for: what they need and do not do themselves."""
+    needs = (need for name in jobs for need in graph.jobs[name].needs)
+    return tuple(dict.fromkeys(need for need in needs if need in not_done and need not in jobs))
 
 
 def lanes(sizes: Sequence[int], at_once: int) -> list[tuple[int, int | None]]:

@@ -41,7 +41,7 @@ def _measured(folder: SweepFolder, graph: Graph, cell: Planned, alike: Mapping[s
     row["flagged"] = training.get("spurious", {}).get("flagged")
     row["left_out"] = len(training.get("identity", {}).get("quarantined", []))
     row["refine_seconds"] = training.get("seconds")
-    result = result_of(run, job.arm, training, alike)
+    result = result_of(folder, graph.jobs[cell.evaluate], training, alike)
     if result is not None:
         row |= figures_of(result)
     return row | {"weights": str(run.weights(job.arm).relative_to(folder.path))}

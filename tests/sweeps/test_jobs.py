@@ -111,6 +111,28 @@ def test_a_baseline_that_is_a_cell_too_is_trained_once() -> None:
     assert store.needs == (baseline.refine,)
 
 
+@pytest.mark.parametrize("first", ["guided", "pgd"])
+def test_all_arms_are_held_against_what_was_explained(first: str, tmp_path: Path) -> None:
+    """Also the control, which starts from scratch and is not guided, in whatever order the cells stand."""
+    off = {
+        "refinement": {**BASE["refinement"], "start": "scratch", "masking": {"weight": 0}, "sensitivity": {"weight": 0}}
+    }
+    arms = {first: {"guided": {}, "pgd": off}[first], "guided": {}, "pgd": off}
+    graph, base = graph_of(run=tmp_path, axes={"arm": arms})
+    explained = graph.jobs[graph.jobs[graph.cells[0 if first == "guided" else 1].refine].needs[0]].needs[0]
+    weights = tmp_path / graph.jobs[explained].folder / "checkpoints" / graph.jobs[explained].arm / "model.safetensors"
+    for cell in graph.cells:
+        job = graph.jobs[cell.evaluate]
+        assert job.needs == (cell.refine, explained)
+        assert tmp_path / job.explained == weights
+        assert job_config(tmp_path, base, [job], graph.inputs)["model"]["weights"] == str(weights)
+    names = list(graph.jobs)
+    assert all(names.index(need) < names.index(name) for name in names for need in graph.jobs[name].needs)
+    alone, _ = graph_of(axes={"arm": {"pgd": off}})
+    assert counts(alone) == {"refine": 1, "attribute": 0, "evaluate": 1}  # nothing is trained only to be held against
+    assert alone.jobs[alone.cells[0].evaluate].explained == ""
+
+
 def test_rounds_share_the_rounds_before() -> None:
     graph, _ = graph_of(axes={"rounds": [1, 2, 3, 4]})
     assert counts(graph) == {"refine": 1 + 4, "attribute": 4, "evaluate": 4}
@@ -190,7 +212,7 @@ def test_a_cell_is_what_load_config_makes_of_its_changes(tmp_path: Path) -> None
 CONFIGS = Path(__file__).parents[2] / "configs/sweeps"
 # Settings, and stores for all seeds.
 CELLS = {"components": 10, "spurious_rule": 4, "strength": 16, "samples": 6, "rounds": 5}
-STUDY = {"study": 13, "study_choice": 13}
+STUDY = {"study": 13, "study_2": 6, "study_choice": 13}
 STORES = {"components": 1, "spurious_rule": 1, "strength": 1, "samples": 5, "rounds": 1 + 3 * 3}
 
 

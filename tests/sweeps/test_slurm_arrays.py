@@ -54,6 +54,14 @@ def test_each_array_waits_for_its_own_store_and_no_other() -> None:
     ]  # fmt: skip
 
 
+def test_a_task_waits_for_what_its_evaluations_need() -> None:
+    graph = make_graph("s")
+    graph.jobs["evaluate-p"] = Job("evaluate-p", "evaluate", "models/m", "p", ("refine-p", "refine-base"))
+    found = {tuple(tasks): array.needs for array in arranged(graph) for tasks in array.tasks}
+    assert found["refine-p", "evaluate-p"] == ("refine-base",)
+    assert found["refine-q", "evaluate-q"] == ()
+
+
 def test_what_slurm_has_is_waited_for_and_not_submitted_again() -> None:
     graph = make_graph("s")
     live = frozenset({"refine-base", "attribute-s", "refine-sa", "evaluate-sa"})
