@@ -108,7 +108,7 @@ def _do(folder: SweepFolder, sweep: SweepConfig, base: Config, graph: Graph) -> 
     outcome = Outcome()
     if todo:
         progress = _Progress(graph, len(todo))
-        ready = Ready(graph, todo, sweep.pack)
+        ready = Ready(graph, todo, sweep.pack, sweep.max_jobs)
         outcome = LocalRun(folder, base, graph, sweep.max_jobs, _gpus(base), progress.hear).do(ready)
     return _conclude(folder, graph, alike, outcome)
 

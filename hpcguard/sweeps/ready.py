@@ -1,6 +1,7 @@
 """Which jobs may start: what each waits for, what a failure holds up, what goes into one process."""
 
 import heapq
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
@@ -10,10 +11,10 @@ ORDER = {"evaluate": 0, "attribute": 1, "refine": 2}  # cells end early, and sto
 
 
 class Ready:
-    """The jobs to do, handed out when nothing to do is left that they need."""
+    """The jobs to do, handed out when nothing to do is left that they need; up to `pack` to each of `slots` at once."""
 
-    def __init__(self, graph: Graph, todo: Sequence[str], pack: int) -> None:
-        self._graph, self._pack = graph, pack
+    def __init__(self, graph: Graph, todo: Sequence[str], pack: int, slots: int = 1) -> None:
+        self._graph, self._pack, self._slots = graph, pack, slots
         self._place = {name: place for place, name in enumerate(todo)}
         self._left = set(todo)
         self._waits = {name: set(graph.jobs[name].needs) & self._left for name in todo}
@@ -37,7 +38,8 @@ class Ready:
             if name not in self._left:
                 continue  # it went with an earlier one
             alike = self._alike[self._key(name)]
-            batch = [name] if name in self._alone else [name, *(each for each in alike if each != name)][: self._pack]
+            most = min(self._pack, math.ceil(len(alike) / self._slots))  # the last few are shared out: no slot is idle
+            batch = [name] if name in self._alone else [name, *(each for each in alike if each != name)][:most]
             for each in batch:
                 self._left.discard(each)
                 alike.remove(each)

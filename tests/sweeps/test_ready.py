@@ -48,6 +48,13 @@ def test_jobs_of_one_folder_go_together_up_to_pack() -> None:
     assert [names(ready.take()) for _ in range(4)] == [["refine-a"], ["refine-b"], ["refine-p"], []]
 
 
+def test_the_last_few_are_shared_out_over_the_slots() -> None:
+    jobs = [Job(f"refine-{number}", "refine", "models/m", str(number), ()) for number in range(7)]
+    plan = Graph([], {job.name: job for job in jobs}, {job.name: Inputs(None, None, None) for job in jobs})  # type: ignore[arg-type]
+    ready = Ready(plan, list(plan.jobs), pack=3, slots=2)
+    assert [len(ready.take()) for _ in range(5)] == [3, 2, 1, 1, 0]
+
+
 def test_a_failure_holds_up_what_needs_it_and_nothing_else() -> None:
     plan = graph()
     ready = Ready(plan, list(plan.jobs), pack=1)
