@@ -127,7 +127,8 @@ def _parser(name: str, stage: ModuleType) -> argparse.ArgumentParser:
     elif name in OF_SWEEPS:
         parser.add_argument("config", metavar="SWEEP", help="a sweep's YAML file, or its folder")
     else:
-        parser.add_argument("config", metavar="CONFIG", help="a YAML file, or a run folder (its config.yaml)")
+        folders = "a run folder (its config.yaml) or a sweep's" if name in OF_BOTH else "a run folder (its config.yaml)"
+        parser.add_argument("config", metavar="CONFIG", help=f"a YAML file, or {folders}")
     stage.add_arguments(parser)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to single keys")
     return parser
