@@ -212,7 +212,7 @@ def test_a_cell_is_what_load_config_makes_of_its_changes(tmp_path: Path) -> None
 CONFIGS = Path(__file__).parents[2] / "configs/sweeps"
 # Settings, and stores for all seeds.
 CELLS = {"components": 10, "spurious_rule": 4, "strength": 16, "samples": 6, "rounds": 5}
-STUDY = {"study": 13, "study_2": 6, "study_choice": 13}
+STUDY = {"study": 13, "study_2": 4, "study_choice": 13}
 STORES = {"components": 1, "spurious_rule": 1, "strength": 1, "samples": 5, "rounds": 1 + 3 * 3}
 
 
