@@ -20,15 +20,17 @@ STUDY, RAW = ROOT / "docs/study.md", ROOT / "docs/results/study"
 ON_OFF = {"on": True, "off": False}
 
 
-def raw_rows() -> list[dict[str, str]]:
-    return list(csv.DictReader((RAW / "table.csv").read_text().splitlines()))
+def raw_rows(table: str = "table") -> list[dict[str, str]]:
+    return list(csv.DictReader((RAW / f"{table}.csv").read_text().splitlines()))
 
 
-def select(masking: bool, sensitivity: bool, adversarial: bool, name: str = "") -> list[dict[str, str]]:
+def select(
+    masking: bool, sensitivity: bool, adversarial: bool, name: str = "", table: str = "table"
+) -> list[dict[str, str]]:
     wanted = (masking, sensitivity, adversarial, name)
     found = [
         row
-        for row in raw_rows()
+        for row in raw_rows(table)
         if (*(ON_OFF[row[part]] for part in ("masking", "sensitivity", "adversarial")), row["name"]) == wanted
     ]
     return sorted(found, key=lambda row: row["seed"])
@@ -73,20 +75,81 @@ def test_the_table_is_of_the_raw_figures() -> None:
             assert cell == ("–" if name == "PGD" else re.sub(r"^[+-]0\.0 ", "0.0 ", expected))
 
 
-def test_the_tool_prints_the_table(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "tools/study_picture.py"), str(RAW / "table.h5"), str(tmp_path / "study.png")]
+ARMS = {
+    "full": (True, True, True), "masking": (True, False, True), "sensitivity": (False, True, True),
+    "pgd": (False, False, True), "clean loss": (False, False, True, "pgd-and-clean"),
+    "random": (True, True, True, "random"), "paper": (True, True, True, "paper"), "fgsm": (False, False, True, "fgsm"),
+    "full alone": (True, True, False), "masking alone": (True, False, False),
+    "sensitivity alone": (False, True, False), "standard": (False, False, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("begin", "said", "arm", "other", "measure", "table"),
+    [
+        ("- **Masking**", "5.4 ± 2.8 points on clean", "full", "sensitivity", "clean", "table"),
+        ("- **Masking**", "3.8 ± 1.8 under corruptions", "full", "sensitivity", "corrupted", "table"),
+        ("- **Masking**", "alone 3.5 ± 5.8", "masking", "pgd", "clean", "table"),
+        ("- **Masking**", "and 1.8 ± 3.1", "masking", "pgd", "corrupted", "table"),
+        ("- **Masking**", "+0.9 ± 3.7 clean", "full", "clean loss", "clean", "table"),
+        ("- **Masking**", "+0.5 ± 3.0 under AutoAttack", "full", "clean loss", "autoattack", "table"),
+        ("- **Which", "+2.3 ± 1.4 clean", "full", "random", "clean", "table"),
+        ("- **Which", "+0.2, one image", "full", "random", "autoattack", "table"),
+        ("- **Which", "+1.8 ± 3.0", "full", "paper", "clean", "table"),
+        ("- **Which", "-0.3 ± 2.8", "full", "paper", "autoattack", "table"),
+        ("- **The sensitivity", "(+0.3 ± 1.3", "sensitivity", "pgd", "autoattack", "table"),
+        ("- **The sensitivity", "-0.1 ± 0.8", "full", "masking", "autoattack", "table"),
+        ("- **The sensitivity", "2.0 ± 1.0", "sensitivity alone", "standard", "autoattack", "table"),
+        ("- **The sensitivity", "3.4 ± 3.3", "full alone", "masking alone", "autoattack", "table"),
+        ("- **Guidance without", "0.7 ± 1.0 points below", "fgsm", "pgd", "autoattack", "table"),
+        ("Where attacks are weak", "2.1 ± 1.5", "clean loss", "pgd", "autoattack", "table_2"),
+        ("Where attacks are weak", "+0.9 ± 3.2", "full", "pgd", "autoattack", "table_2"),
+        ("Where attacks are weak", "-1.2 ± 1.7", "full", "clean loss", "autoattack", "table_2"),
+    ],
+)
+def test_what_the_text_says_is_in_the_raw_figures(
+    begin: str, said: str, arm: str, other: str, measure: str, table: str
+) -> None:
+    text = STUDY.read_text()
+    paragraph = re.split(r"\n- |\n\n", text[text.index(begin) + 2 :])[0]
+    assert said in " ".join(paragraph.split())
+    rows, others = (select(*ARMS[each], table=table) for each in (arm, other))  # type: ignore[arg-type]
+    expected = shown(percent(rows, measure) - percent(others, measure), "+")
+    told = re.search(r"[+-]?[\d.]+( ± [\d.]+)?", said)
+    assert told is not None
+    assert expected.lstrip("+-").startswith(told[0].lstrip("+-"))
+    assert not told[0].startswith(("+", "-")) or told[0][0] == expected[0]
+    assert expected.startswith("-") == (told[0].startswith("-") or "below" in said)
+
+
+@pytest.mark.parametrize(
+    ("table", "page"), [("table", "README.md"), ("table_2", "README.md"), ("table_2", "docs/study.md")]
+)
+def test_the_sentence_that_is_shown_first_is_of_the_raw_figures(table: str, page: str) -> None:
+    first = " ".join((ROOT / page).read_text().split("\n## ")[0].split())
+    for arm in ("full", "clean loss"):
+        rows, control = (select(*ARMS[each], table=table) for each in (arm, "pgd"))  # type: ignore[arg-type]
+        for measure in ("clean", "autoattack") if table == "table" else ("autoattack",):
+            assert shown(percent(rows, measure) - percent(control, measure), "+").lstrip("+-") in first
+
+
+@pytest.mark.parametrize("table", ["table", "table_2"])
+def test_the_tool_prints_the_table(table: str, tmp_path: Path) -> None:
+    picture = tmp_path / "study.png"
+    command = [sys.executable, str(ROOT / "tools/study_picture.py"), str(RAW / f"{table}.h5"), str(picture)]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert printed in STUDY.read_text()
-    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_raw_figures_belong_together() -> None:
-    _, _, digest = read_tidy(RAW / "table.h5")
-    assert digest == hashlib.sha256((RAW / "table.csv").read_bytes()).hexdigest()
-    for row in raw_rows():
-        result = json.loads((RAW / "cells" / f"{Path(row['weights']).parent.name}.json").read_text())
+@pytest.mark.parametrize(("table", "cells", "images"), [("table", "cells", 500), ("table_2", "cells_2", 250)])
+def test_the_raw_figures_belong_together(table: str, cells: str, images: int) -> None:
+    _, _, digest = read_tidy(RAW / f"{table}.h5")
+    assert digest == hashlib.sha256((RAW / f"{table}.csv").read_bytes()).hexdigest()
+    for row in raw_rows(table):
+        result = json.loads((RAW / cells / f"{Path(row['weights']).parent.name}.json").read_text())
         assert result["attacks"]["autoattack"]["accuracy"] == float(row["autoattack"])
-        assert result["attacks"]["clean"]["of"] == 500
+        assert result["attacks"]["clean"]["of"] == images
 
 
 @pytest.mark.parametrize("name", ["choice_15_epochs.csv", "choice_60_epochs.csv"])
