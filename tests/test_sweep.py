@@ -192,6 +192,34 @@ def test_damaged_weights_are_found_before_they_are_measured(
     assert "sweep: 1 cells: 1 failed" in said
 
 
+def test_what_a_damaged_store_is_made_of_is_made_again_too(
+    swept: Path, tmp_path: Path, make_config: MakeConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(swept, tmp_path, dirs_exist_ok=True)
+    sweep = write(tmp_path, make_config, axes={"arm": {"guided": {}}}, seeds=[1])
+    (store,) = tmp_path.glob("sweep/stores/*/store.h5")
+    content = bytearray(store.read_bytes())
+    content[-2] ^= 1
+    store.write_bytes(content)
+    plan = json.loads((tmp_path / "sweep/cells.json").read_text())
+    (explained,) = (job["needs"][0] for job in plan["jobs"] if job["kind"] == "attribute")
+    (baseline,) = tmp_path.glob(f"sweep/models/*/checkpoints/{explained.removeprefix('refine-')}")
+    weights = digest_file(baseline / "model.safetensors")
+    shutil.rmtree(baseline)
+    (row,) = [
+        row
+        for row in csv.DictReader((tmp_path / "sweep/table.csv").read_text().splitlines())
+        if (row["arm"], row["seed"]) == ("guided", "1")
+    ]
+    shutil.rmtree((tmp_path / "sweep" / row["weights"]).parent)
+    assert run_stage("sweep", [sweep]) == 0
+    assert "doing it again" in capfd.readouterr().out
+    assert digest_file(baseline / "model.safetensors") == weights
+    (again,) = csv.DictReader((tmp_path / "sweep/table.csv").read_text().splitlines())
+    times = ("refine_seconds", "evaluate_seconds")
+    assert {k: v for k, v in again.items() if k not in times} == {k: v for k, v in row.items() if k not in times}
+
+
 def test_told_to_stop_it_lets_its_jobs_save(tmp_path: Path, make_config: MakeConfig) -> None:
     cell = {"refinement": {**OFF, "start": "scratch", "epochs": 100_000}}
     sweep = write(tmp_path, make_config, axes={"arm": {"long": cell}}, seeds=[])

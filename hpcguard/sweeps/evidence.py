@@ -164,13 +164,14 @@ def states_with(folder: SweepFolder, graph: Graph, done: set[str], seen: Seen) -
             states[name] = "running"
         elif name in seen.live and name not in done:
             states[name] = "queued"
-        elif name in seen.ended or ((name not in done or name in built_on) and record_of(folder, name).get("status")):
+        elif (name not in done or name in built_on) and record_of(folder, name).get("status"):
             states[name] = "failed"
         elif name in done:
             states[name] = "done"
+        elif any(states[need] in ("failed", "held up") for need in job.needs):
+            states[name] = "held up"  # before asking how its task has ended: it never began
         else:
-            stuck = any(states[need] in ("failed", "held up") for need in job.needs)
-            states[name] = "held up" if stuck else "waiting"
+            states[name] = "failed" if name in seen.ended else "waiting"
     return states
 
 

@@ -4,12 +4,14 @@ import time
 from collections import Counter
 from typing import Any
 
+from hpcguard.errors import InputError
 from hpcguard.progress import say
 from hpcguard.sweeps.evidence import cell_states, done_jobs, record_of, states_with
 from hpcguard.sweeps.folder import SweepFolder, read_plan
 from hpcguard.sweeps.grid import name_of
 from hpcguard.sweeps.slurm_state import look
 
+PATIENCE_S = 600.0  # with a Slurm that does not answer
 MOST_ROWS = 60
 MOST_FAILED = 10
 MARKS = {
@@ -47,13 +49,17 @@ def overview(folder: SweepFolder) -> dict[str, Any]:
 
 
 def rests(state: dict[str, Any]) -> bool:
-    """Whether nothing of it runs or is queued."""
-    return not state["slurm"]["tasks"] and not any(counts.get("running") for counts in state["jobs"].values())
+    """Whether nothing of it runs or is queued, as far as that is known."""
+    running = any(counts.get("running") for counts in state["jobs"].values())
+    return not state["slurm"]["tasks"] and not state["slurm"]["problem"] and not running
 
 
 def follow(folder: SweepFolder, seconds: float) -> dict[str, Any]:
-    """Say how far it is whenever that has changed, until nothing of it runs or is queued; the last state."""
-    said = ""
+    """Say how far it is whenever that has changed, until nothing of it runs or is queued; the last state.
+
+    Raises InputError if Slurm has not answered for PATIENCE_S.
+    """
+    said, answered = "", time.monotonic()
     while True:
         state = overview(folder)
         if said != (line := one_line(state)):
@@ -61,6 +67,10 @@ def follow(folder: SweepFolder, seconds: float) -> dict[str, Any]:
             said = line
         if rests(state):
             return state
+        if not (problem := state["slurm"]["problem"]):
+            answered = time.monotonic()
+        elif time.monotonic() - answered > PATIENCE_S:
+            raise InputError(f"{problem}; what it has is not touched, see `hpcguard status {folder.path}` later")
         time.sleep(seconds)
 
 
@@ -69,7 +79,8 @@ def one_line(state: dict[str, Any]) -> str:
     cells = state["cells"]
     told = f"cells {_counts(Counter(cell['state'] for cell in cells), len(cells))}"
     jobs: Counter[str] = sum(map(Counter, state["jobs"].values()), Counter())
-    return f"{told}; jobs {_counts(jobs, sum(jobs.values()))}"
+    unknown = f"; slurm unknown: {state['slurm']['problem']}" if state["slurm"]["problem"] else ""
+    return f"{told}; jobs {_counts(jobs, sum(jobs.values()))}{unknown}"
 
 
 def lines(state: dict[str, Any]) -> list[str]:

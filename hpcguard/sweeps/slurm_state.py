@@ -80,6 +80,11 @@ def live_jobs(folder: SweepFolder, submissions: Sequence[Submission]) -> dict[st
     return found
 
 
+def has_last_job(folder: SweepFolder) -> bool:
+    """Whether Slurm has a job that writes the sweep's table when all have ended."""
+    return any(parse_name(queued.name)[0] == REPORT for queued in slurm.queue_of(folder.path))
+
+
 def look(folder: SweepFolder, not_done: Collection[str]) -> Seen:
     """What Slurm has of the jobs that are not done; asks it only about a sweep that it was given."""
     try:

@@ -51,7 +51,10 @@ def sweep_task(number: int) -> None:
 
 
 def report_task(_: int) -> None:
-    """A submission's last job: the table of what is there. Raises SystemExit, with 1 where a cell has failed."""
+    """A submission's last job: the table of what is there.
+
+    Raises SystemExit, with 1 where a cell has failed, or is not done and Slurm does not say why.
+    """
     from hpcguard.sweeps.report import write_report  # here, for matplotlib: who only submits waits for nothing
 
     folder = SweepFolder(submit.own_submission().parents[1])
@@ -59,7 +62,9 @@ def report_task(_: int) -> None:
     for line in lines(state):
         say(line)
     write_report(folder)
-    raise SystemExit(1 if any(cell["state"] in ("failed", "held up") for cell in state["cells"]) else 0)
+    states = {cell["state"] for cell in state["cells"]}
+    unknown = state["slurm"]["problem"] and states != {"done"}
+    raise SystemExit(1 if states & {"failed", "held up"} or unknown else 0)
 
 
 def on_a_node(base: Config) -> Config:

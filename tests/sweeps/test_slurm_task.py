@@ -18,13 +18,19 @@ from hpcguard.cluster.submission import Job
 from hpcguard.config.sweep import load_sweep
 from hpcguard.errors import InputError
 from hpcguard.runs import exclusive, write_json
-from hpcguard.sweeps import local, slurm_task
+from hpcguard.sweeps import local, overview, slurm_task
+from hpcguard.sweeps.evidence import cell_states, states_with
 from hpcguard.sweeps.folder import SweepFolder, read_plan, write_plan
 from hpcguard.sweeps.grid import expand
 from hpcguard.sweeps.jobs import plan_jobs
-from hpcguard.sweeps.slurm_state import look, new_submission, read_submissions
+from hpcguard.sweeps.overview import follow
+from hpcguard.sweeps.slurm_state import Seen, has_last_job, look, new_submission, read_submissions
 
 OFF = {"masking": {"weight": 0}, "sensitivity": {"weight": 0}}
+
+
+def silent() -> list[slurm.QueuedJob]:
+    raise InputError("squeue: no answer")
 
 
 @pytest.fixture
@@ -128,6 +134,10 @@ def test_the_last_job_writes_the_table_and_ends_as_the_cells_did(
     code, state, said = ends()
     assert (code, state) == (1, "failed") and "cells   1: 1 failed" in said and "no luck" in said
     assert f"report: {folder.report}" in said and folder.report.is_file()
+    folder.record(failed).unlink()
+    monkeypatch.setattr(slurm, "queue", silent)
+    code, state, said = ends()
+    assert (code, state) == (1, "waiting") and "unknown: squeue: no answer" in said
 
 
 def test_a_task_whose_sweep_has_other_jobs_by_now_says_so(submitted: Callable[..., SweepFolder]) -> None:
@@ -168,9 +178,35 @@ def test_jobs_in_the_queue_are_known_by_the_names_of_their_tasks(
     )  # not the last job
     assert seen.problem == ""
 
-    def silent() -> list[slurm.QueuedJob]:
-        raise InputError("squeue: no answer")
-
+    assert has_last_job(folder)
+    monkeypatch.setattr(slurm, "queue", lambda: [queued("8", None, "hpcguard-attribute-0001-2", folder.path)])
+    assert not has_last_job(folder)
     monkeypatch.setattr(slurm, "queue", silent)
     assert look(folder, ["refine-a"]).problem == "squeue: no answer"
+
+
+def test_who_waits_goes_on_asking_a_slurm_that_is_silent(
+    submitted: Callable[..., SweepFolder], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = submitted()
+    answers = iter([silent, silent, list])
+    monkeypatch.setattr(slurm, "queue", lambda: next(answers)())
+    assert follow(folder, 0.0)["cells"][0]["state"] == "waiting"
+    assert list(answers) == []
+    assert capsys.readouterr().out.count("slurm unknown: squeue: no answer") == 1
+    monkeypatch.setattr(slurm, "queue", silent)
+    monkeypatch.setattr(overview, "PATIENCE_S", -1.0)
+    with pytest.raises(InputError, match=r"squeue: no answer; .*hpcguard status"):
+        follow(folder, 0.0)
+
+
+def test_what_never_began_is_held_up_by_what_failed_in_its_task(submitted: Callable[..., SweepFolder]) -> None:
+    folder = submitted()
+    graph, _, _ = read_plan(folder)
+    (cell,) = graph.cells
+    seen = Seen(ended=dict.fromkeys(graph.jobs, "its task 7_0 ended as FAILED"))
+    write_json(folder.record(cell.refine), {"status": 1, "seconds": 0.5, "why": "no luck", "log": "x.log"})
+    states = states_with(folder, graph, set(graph.jobs) - {cell.refine, cell.evaluate}, seen)
+    assert (states[cell.refine], states[cell.evaluate]) == ("failed", "held up")
+    assert cell_states(graph, states) == [("failed", cell.refine)]
     assert look(folder, []).problem == ""  # all is done: nobody is asked
