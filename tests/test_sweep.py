@@ -54,7 +54,7 @@ def processes_in(sessions: set[int]) -> Iterator[int]:
             continue
 
 
-def wait_for(true: Callable[[], Any], process: subprocess.Popen[Any] | None = None, seconds: float = 180) -> None:
+def wait_for(true: Callable[[], Any], process: subprocess.Popen[Any] | None = None, seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end

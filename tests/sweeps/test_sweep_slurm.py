@@ -19,7 +19,7 @@ from slurm_cluster import Slurm, need_slurm
 
 from hpcguard.runs import digest_file
 
-PATIENCE_S = 240.0
+PATIENCE_S = 600.0
 ON_OFF = {
     "masking": {"on": {}, "off": {"refinement.masking.weight": 0}},
     "sensitivity": {"on": {}, "off": {"refinement.sensitivity.weight": 0}},
