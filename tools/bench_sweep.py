@@ -96,7 +96,7 @@ def pretend(run: RunFolder, arm: str, identity: dict[str, object]) -> None:
     for path in (run.weights(arm), run.result(arm), run.explanations(arm)):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    run.result(arm).write_text(json.dumps({**real_result(), "arm": arm, "identity": identity}, indent=1))
+    run.result(arm).write_text(json.dumps({**real_result(), "arm": arm, "identity": identity}, indent=1) + "\n")
     run.training(arm).write_text(json.dumps(training, indent=1))
 
 
