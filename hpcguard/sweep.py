@@ -28,7 +28,7 @@ from hpcguard.sweeps.jobs import Graph, Job, Kind, plan_jobs
 from hpcguard.sweeps.local import LocalRun, Outcome, seconds_by_kind
 from hpcguard.sweeps.overview import follow
 from hpcguard.sweeps.ready import Ready
-from hpcguard.sweeps.slurm_state import has_last_job, live_jobs, read_submissions
+from hpcguard.sweeps.slurm_state import live_jobs, read_submissions
 
 EXAMPLE = (
     "python -m hpcguard.sweep configs/sweeps/components_small.yaml --dry-run",
@@ -114,16 +114,12 @@ def _do(folder: SweepFolder, sweep: SweepConfig, base: Config, graph: Graph) -> 
 
 
 def _todo(folder: SweepFolder, graph: Graph, alike: dict[str, Any]) -> list[str]:
-    """Jobs to do, and those whose files others are to build on and are damaged."""
+    """Jobs to do, among them those whose files others are to build on and are damaged, with what these need."""
     done = done_jobs(folder, graph, alike)  # again: another process had the lock until now
-    while True:
-        todo = jobs_to_do(graph, done)
-        broken = damaged(folder, graph, todo) if todo else {}
-        if not broken:
-            return todo
-        for name, why in broken.items():
-            say(f"sweep: {name}: {why}; doing it again")
-        done -= broken.keys()  # and what these are made of may be gone, or damaged too
+    broken = damaged(folder, graph, done)
+    for name, why in broken.items():
+        say(f"sweep: {name}: {why}; doing it again")
+    return jobs_to_do(graph, done - broken.keys())
 
 
 def _submit(folder: SweepFolder, sweep: SweepConfig, base: Config, graph: Graph) -> bool:
@@ -134,7 +130,7 @@ def _submit(folder: SweepFolder, sweep: SweepConfig, base: Config, graph: Graph)
     planned = slurm.batch(folder, base.cluster.slurm, graph, todo, sweep.pack)
     for line in slurm.describe_plan(base.cluster.slurm, planned):
         say(line)
-    if planned.arrays or not has_last_job(folder):  # who submitted the others may have been killed before it
+    if planned.submits:
         submission = slurm.submit(folder, base.cluster.slurm, planned)
         say(f"sweep: submission {submission.number}, in {submission.folder}")
         for line in slurm.describe(submission):

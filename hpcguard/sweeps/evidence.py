@@ -129,20 +129,33 @@ def jobs_to_do(graph: Graph, done: set[str]) -> list[str]:
     return [name for name in graph.jobs if name in needed]
 
 
-def damaged(folder: SweepFolder, graph: Graph, todo: list[str]) -> dict[str, str]:
-    """Of what jobs to do build on, the jobs whose published bytes are not those that were verified, and why."""
-    from hpcguard.store import view_problem  # torch: who only looks does without
+def damaged(folder: SweepFolder, graph: Graph, done: set[str]) -> dict[str, str]:
+    """Of what jobs to do build on, the jobs whose published bytes are not those that were verified, and why.
 
-    found = {}
-    for name in sorted({need for each in todo for need in graph.jobs[each].needs} - set(todo)):
-        job = graph.jobs[name]
-        run = folder.run(job)
-        if job.kind == "attribute":
-            if problem := view_problem(run.store, run.store_manifest, read_plan(run.plan).fingerprint):
+    To do are these then too, so what they were made from is compared as well.
+    """
+    found: dict[str, str] = {}
+    sound: set[str] = set()  # is read once
+    while True:
+        todo = set(jobs_to_do(graph, done - found.keys()))
+        unread = {need for each in todo for need in graph.jobs[each].needs} - todo - sound
+        if not unread:
+            return found
+        for name in sorted(unread):
+            if problem := _problem(folder, graph.jobs[name]):
                 found[name] = problem
-        elif not has_its_bytes(run, job.arm):
-            found[name] = f"{run.weights(job.arm)}: differs from what was trained"
-    return found
+            else:
+                sound.add(name)
+
+
+def _problem(folder: SweepFolder, job: Job) -> str | None:
+    """Why what a job has published cannot be built on, or None."""
+    run = folder.run(job)
+    if job.kind == "attribute":
+        from hpcguard.store import view_problem  # torch: who only looks does without
+
+        return view_problem(run.store, run.store_manifest, read_plan(run.plan).fingerprint)
+    return None if has_its_bytes(run, job.arm) else f"{run.weights(job.arm)}: differs from what was trained"
 
 
 def has_its_bytes(run: RunFolder, arm: str) -> bool:
@@ -181,15 +194,27 @@ def states_with(folder: SweepFolder, graph: Graph, done: set[str], seen: Seen) -
             states[name] = "running"
         elif name in seen.live and name not in done:
             states[name] = "queued"
-        elif (name not in done or name in built_on) and record_of(folder, name).get("status"):
+        elif name not in done and _held_up(folder, job, states, seen):
+            states[name] = "held up"  # also where its task ended badly, which it did by what has failed
+        elif name in seen.ended or ((name not in done or name in built_on) and record_of(folder, name).get("status")):
             states[name] = "failed"
         elif name in done:
             states[name] = "done"
-        elif any(states[need] in ("failed", "held up") for need in job.needs):
-            states[name] = "held up"  # before asking how its task has ended: it never began
         else:
-            states[name] = "failed" if name in seen.ended else "waiting"
+            states[name] = "waiting"
     return states
+
+
+def _held_up(folder: SweepFolder, job: Job, states: Mapping[str, str], seen: Seen) -> bool:
+    """Whether what a job needs has failed or is held up; not by a failure that it was tried after all the same."""
+    stuck = [need for need in job.needs if states[need] in ("failed", "held up")]
+    if not stuck:
+        return False
+    tried = record_of(folder, job.name).get("time", 0.0)
+    return any(
+        states[need] == "held up" or need in seen.ended or record_of(folder, need).get("time", tried) >= tried
+        for need in stuck
+    )
 
 
 def cell_states(graph: Graph, states: Mapping[str, str]) -> list[tuple[str, str]]:

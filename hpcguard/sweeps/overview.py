@@ -5,15 +5,15 @@ from collections import Counter
 from typing import Any
 
 from hpcguard.errors import InputError
-from hpcguard.progress import say
+from hpcguard.progress import duration, say
 from hpcguard.sweeps.evidence import cell_states, done_jobs, record_of, states_with
 from hpcguard.sweeps.folder import SweepFolder, read_plan
 from hpcguard.sweeps.grid import name_of
 from hpcguard.sweeps.slurm_state import look
 
-PATIENCE_S = 600.0  # with a Slurm that does not answer
 MOST_ROWS = 60
 MOST_FAILED = 10
+PATIENCE_S = 600.0  # with a Slurm that does not answer, while nothing is seen to run
 MARKS = {
     "done": "done", "running": "running", "queued": "queued", "failed": "FAILED", "held up": "held up",
     "waiting": "waiting",
@@ -49,28 +49,35 @@ def overview(folder: SweepFolder) -> dict[str, Any]:
 
 
 def rests(state: dict[str, Any]) -> bool:
-    """Whether nothing of it runs or is queued, as far as that is known."""
-    running = any(counts.get("running") for counts in state["jobs"].values())
-    return not state["slurm"]["tasks"] and not state["slurm"]["problem"] and not running
+    """Whether nothing of it runs or is queued, and that is known."""
+    return not state["slurm"]["problem"] and not state["slurm"]["tasks"] and not _runs(state)
+
+
+def _runs(state: dict[str, Any]) -> bool:
+    return any(counts.get("running") for counts in state["jobs"].values())
 
 
 def follow(folder: SweepFolder, seconds: float) -> dict[str, Any]:
     """Say how far it is whenever that has changed, until nothing of it runs or is queued; the last state.
 
-    Raises InputError if Slurm has not answered for PATIENCE_S.
+    InputError where Slurm has not answered for PATIENCE_S: what it has may run or not.
     """
-    said, answered = "", time.monotonic()
+    said, told, known = "", False, time.monotonic()
     while True:
         state = overview(folder)
         if said != (line := one_line(state)):
             say(f"{time.strftime('%H:%M:%S')} {line}")
             said = line
+        problem = state["slurm"]["problem"]
+        if problem and not told:
+            say(f"slurm is asked again, for up to {duration(PATIENCE_S)}: {problem}")
+        told = bool(problem)
+        if not problem or _runs(state):
+            known = time.monotonic()
+        elif time.monotonic() - known >= PATIENCE_S:
+            raise InputError(problem)
         if rests(state):
             return state
-        if not (problem := state["slurm"]["problem"]):
-            answered = time.monotonic()
-        elif time.monotonic() - answered > PATIENCE_S:
-            raise InputError(f"{problem}; what it has is not touched, see `hpcguard status {folder.path}` later")
         time.sleep(seconds)
 
 
@@ -79,7 +86,7 @@ def one_line(state: dict[str, Any]) -> str:
     cells = state["cells"]
     told = f"cells {_counts(Counter(cell['state'] for cell in cells), len(cells))}"
     jobs: Counter[str] = sum(map(Counter, state["jobs"].values()), Counter())
-    unknown = f"; slurm unknown: {state['slurm']['problem']}" if state["slurm"]["problem"] else ""
+    unknown = "; what Slurm has is unknown" * bool(state["slurm"]["problem"])
     return f"{told}; jobs {_counts(jobs, sum(jobs.values()))}{unknown}"
 
 

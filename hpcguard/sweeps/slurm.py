@@ -13,7 +13,7 @@ from hpcguard.errors import InputError
 from hpcguard.sweeps.folder import SweepFolder
 from hpcguard.sweeps.jobs import Graph, Kind
 from hpcguard.sweeps.slurm_arrays import TaskArray, arrange
-from hpcguard.sweeps.slurm_state import REPORT, Submission, live_jobs, new_submission, read_submissions
+from hpcguard.sweeps.slurm_state import REPORT, Submission, jobs_in, lacks_report, new_submission, read_submissions
 from hpcguard.sweeps.slurm_task import report_task, sweep_task
 
 MAX_ARRAY_SIZE = 1001  # Slurm's default, where it cannot be asked
@@ -25,10 +25,16 @@ class Batch:
 
     arrays: list[TaskArray]
     live: dict[str, slurm.QueuedJob]  # by job
+    lacks_report: bool = False  # of what is live: who submitted it was killed before the last job
 
     @property
     def tasks(self) -> list[list[str]]:
         return [task for array in self.arrays for task in array.tasks]
+
+    @property
+    def submits(self) -> bool:
+        """Whether anything is to be submitted: arrays and a last job, or that alone."""
+        return bool(self.arrays) or self.lacks_report
 
 
 def check_asked(asked: SlurmConfig) -> None:
@@ -43,17 +49,19 @@ def check_asked(asked: SlurmConfig) -> None:
 
 def batch(folder: SweepFolder, asked: SlurmConfig, graph: Graph, todo: Sequence[str], per_task: int) -> Batch:
     """What of `todo` Slurm does not have already, within the cluster's limits; InputError where it has no room."""
-    live = live_jobs(folder, read_submissions(folder))
+    queue = slurm.queue_of(folder.path)
+    live = jobs_in(queue, read_submissions(folder))
     limits = slurm.limits(asked.account or "", asked.partition or "", asked.qos or "")
     arrays = _arranged(asked, graph, todo, live.keys(), per_task, limits.max_array_size)
-    tasks = sum(len(array.tasks) for array in arrays) + 1  # the last job
+    planned = Batch(arrays, live, lacks_report(queue, live))
+    tasks = len(planned.tasks) + 1  # the last job
     room = limits.max_jobs if limits.max_submit is None else min(limits.max_jobs, limits.max_submit - limits.queued)
-    if arrays and tasks > room:
+    if planned.submits and tasks > room:
         raise InputError(
             f"{tasks} tasks to submit, and Slurm takes {max(room, 0)} more of this user: raise pack = {per_task}, "
             "or wait until some have ended (squeue --me)"
         )
-    return Batch(arrays, live)
+    return planned
 
 
 def batch_unasked(asked: SlurmConfig, graph: Graph, todo: Sequence[str], per_task: int) -> Batch:
@@ -131,7 +139,7 @@ def describe_plan(asked: SlurmConfig, planned: Batch) -> list[str]:
         count, most = sum(len(array.tasks) for array in own), max(len(task) for array in own for task in array.tasks)
         options = _options(asked, asks_for(asked, kind))
         lines.append(f"  {kind:<10} {len(own)} arrays, {count} tasks of up to {most} jobs: sbatch {options}")
-    if arrays:
+    if planned.submits:
         lines.append(
             f"  {REPORT:<10} 1 task, which writes the table at the end: sbatch {_options(asked, asked.consolidate)}"
         )

@@ -4,7 +4,7 @@ SWEEP/slurm/0001 holds a submission: the sweep as it was, the jobs of every task
 """
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -69,10 +69,15 @@ def read_submissions(folder: SweepFolder) -> list[Submission]:
 
 
 def live_jobs(folder: SweepFolder, submissions: Sequence[Submission]) -> dict[str, slurm.QueuedJob]:
-    """Jobs that are in a task which Slurm still has, by the task's name: its id may not be noted yet."""
+    """Jobs that are in a task which Slurm still has."""
+    return jobs_in(slurm.queue_of(folder.path), submissions)
+
+
+def jobs_in(queue: Sequence[slurm.QueuedJob], submissions: Sequence[Submission]) -> dict[str, slurm.QueuedJob]:
+    """Jobs that are in a task of the sweep's queue, by the task's name: its id may not be noted yet."""
     tasks = {submission.number: submission.tasks for submission in submissions}
     found: dict[str, slurm.QueuedJob] = {}
-    for queued in slurm.queue_of(folder.path):
+    for queued in queue:
         _, number, first = parse_name(queued.name)
         place = (first or 0) + (queued.index or 0)
         if first is not None and place < len(tasks.get(number, [])):
@@ -80,9 +85,11 @@ def live_jobs(folder: SweepFolder, submissions: Sequence[Submission]) -> dict[st
     return found
 
 
-def has_last_job(folder: SweepFolder) -> bool:
-    """Whether Slurm has a job that writes the sweep's table when all have ended."""
-    return any(parse_name(queued.name)[0] == REPORT for queued in slurm.queue_of(folder.path))
+def lacks_report(queue: Sequence[slurm.QueuedJob], live: Mapping[str, slurm.QueuedJob]) -> bool:
+    """Whether no last job waits for some task: each waits for its own submission's and for all older ones."""
+    named = [parse_name(job.name) for job in queue]
+    newest = max((number for kind, number, _ in named if kind == REPORT), default=0)
+    return any(parse_name(task.name)[1] > newest for task in live.values())
 
 
 def look(folder: SweepFolder, not_done: Collection[str]) -> Seen:

@@ -53,7 +53,7 @@ def sweep_task(number: int) -> None:
 def report_task(_: int) -> None:
     """A submission's last job: the table of what is there.
 
-    Raises SystemExit, with 1 where a cell has failed, or is not done and Slurm does not say why.
+    Raises SystemExit, with 1 where a cell has failed, or is not done and Slurm does not tell why.
     """
     from hpcguard.sweeps.report import write_report  # here, for matplotlib: who only submits waits for nothing
 
@@ -64,7 +64,7 @@ def report_task(_: int) -> None:
     write_report(folder)
     states = {cell["state"] for cell in state["cells"]}
     unknown = state["slurm"]["problem"] and states != {"done"}
-    raise SystemExit(1 if states & {"failed", "held up"} or unknown else 0)
+    raise SystemExit(1 if unknown or states & {"failed", "held up"} else 0)
 
 
 def on_a_node(base: Config) -> Config:

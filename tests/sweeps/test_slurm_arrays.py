@@ -2,10 +2,13 @@
 
 import itertools
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
+from hpcguard.cli import run_stage
 from hpcguard.cluster import slurm as commands
 from hpcguard.cluster.submission import Job as Submitted
 from hpcguard.cluster.submit import Array, array_text
@@ -16,7 +19,7 @@ from hpcguard.sweeps.folder import SweepFolder
 from hpcguard.sweeps.jobs import Graph, Inputs, Job
 from hpcguard.sweeps.slurm import Batch, asks_for, batch, check_asked, report_array, sbatch_array, submit
 from hpcguard.sweeps.slurm_arrays import TaskArray, arrange, lanes
-from hpcguard.sweeps.slurm_state import Submission, read_submissions
+from hpcguard.sweeps.slurm_state import Submission, lacks_report, new_submission, read_submissions
 
 
 def make_graph(*stores: str, arms: str = "abc") -> Graph:
@@ -210,6 +213,87 @@ def test_it_is_submitted_behind_everything_and_refused_with_everything(
     with pytest.raises(InputError, match="refused it"):
         submit(folder, config().cluster.slurm, planned)
     assert cancelled == [*arrays, "99"] and read_submissions(folder) == [submission]
+
+
+def test_a_last_job_waits_for_its_own_submission_and_older_ones(folder: SweepFolder) -> None:
+    old, new = (queued(folder, str(number), f"hpcguard-refine-000{number}-0") for number in (1, 2))
+    first, second = (queued(folder, str(10 + number), f"hpcguard-report-000{number}") for number in (1, 2))
+    assert lacks_report([old], {"refine-a": old})
+    assert not lacks_report([old, first], {"refine-a": old})
+    assert lacks_report([old, first, new], {"refine-a": old, "refine-b": new})
+    assert not lacks_report([old, new, second], {"refine-a": old, "refine-b": new})
+    assert not lacks_report([], {})
+
+
+def test_a_last_job_alone_needs_room_and_is_told(folder: SweepFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = make_graph("s")
+    new_submission(folder, [["refine-p"]])
+    monkeypatch.setattr(commands, "queue", lambda: [queued(folder, "7", "hpcguard-refine-0001-0")])
+
+    def planned(room: int) -> Batch:
+        monkeypatch.setattr(commands, "limits", lambda *place: commands.Limits(1001, 10_000, room, 0))
+        return batch(folder, config().cluster.slurm, graph, ["refine-p"], 2)
+
+    assert planned(1).submits and planned(1).arrays == []
+    told = slurm.describe_plan(config().cluster.slurm, planned(1))
+    assert "0 arrays, 0 tasks" in told[0] and "1 tasks are in its queue" in told[0] and "1 task, which" in told[1]
+    with pytest.raises(InputError, match="1 tasks to submit, and Slurm takes 0 more"):
+        planned(0)
+
+
+class Cluster:
+    """A Slurm that keeps what it is given in its queue; its user is killed before the last job is given."""
+
+    def __init__(self) -> None:
+        self.given: list[Array] = []
+        self.kills = True
+
+    def sbatch(self, task: object, array: Array) -> str:
+        if self.kills and array.name.startswith("hpcguard-report"):
+            raise KeyboardInterrupt
+        self.given.append(array)
+        return str(len(self.given))
+
+    def queue(self) -> list[commands.QueuedJob]:
+        return [
+            commands.QueuedJob(
+                f"{id}_{index}", str(id), index, "PENDING", "None", array.name, array.comment
+            )
+            for id, array in enumerate(self.given, 1)
+            for index in range(array.chunk.tasks)
+        ]  # fmt: skip
+
+
+def test_a_last_job_that_was_not_submitted_is_so_by_the_next_call(
+    tmp_path: Path,
+    make_config: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = make_config(tmp_path, cluster={"executor": "slurm", "workers": 1, "shards": 1})
+    sweep = tmp_path / "sweep.yaml"
+    arms = {"guided": {}, "pgd": {"refinement": {"masking": {"weight": 0}, "sensitivity": {"weight": 0}}}}
+    sweep.write_text(yaml.safe_dump({"run": str(tmp_path / "sweep"), "base": str(base), "axes": {"arm": arms}}))
+    cluster = Cluster()
+    monkeypatch.setattr(slurm, "submit_array", cluster.sbatch)
+    monkeypatch.setattr(commands, "queue", cluster.queue)
+    monkeypatch.setattr(commands, "limits", lambda *place: commands.Limits(1001, 10_000, None, 0))
+    promise = "its last job writes the table"
+
+    assert run_stage("sweep", [str(sweep)]) == 130
+    arrays = len(cluster.given)
+    assert arrays > 1 and promise not in capsys.readouterr().out
+
+    cluster.kills = False
+    assert run_stage("sweep", [str(sweep)]) == 0
+    assert promise in capsys.readouterr().out
+    (last,) = cluster.given[arrays:]
+    assert last.name == "hpcguard-report-0002" and last.needs == ()
+    assert last.after == tuple(str(number) for number in range(1, arrays + 1))
+    assert [submission.tasks == [] for submission in read_submissions(SweepFolder(tmp_path / "sweep"))] == [False, True]
+
+    assert run_stage("sweep", [str(sweep)]) == 0
+    assert len(cluster.given) == arrays + 1 and promise in capsys.readouterr().out
 
 
 def test_a_job_of_several_tasks_is_refused() -> None:

@@ -7,7 +7,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,20 +19,14 @@ from hpcguard.cluster import slurm, submit
 from hpcguard.cluster.submission import Job
 from hpcguard.config.sweep import load_sweep
 from hpcguard.errors import InputError
-from hpcguard.runs import exclusive, write_json
+from hpcguard.runs import claimed, exclusive, write_json
 from hpcguard.sweeps import local, overview, slurm_task
-from hpcguard.sweeps.evidence import cell_states, states_with
 from hpcguard.sweeps.folder import SweepFolder, read_plan, write_plan
 from hpcguard.sweeps.grid import expand
 from hpcguard.sweeps.jobs import plan_jobs
-from hpcguard.sweeps.overview import follow
-from hpcguard.sweeps.slurm_state import Seen, has_last_job, look, new_submission, read_submissions
+from hpcguard.sweeps.slurm_state import look, new_submission, read_submissions
 
 OFF = {"masking": {"weight": 0}, "sensitivity": {"weight": 0}}
-
-
-def silent() -> list[slurm.QueuedJob]:
-    raise InputError("squeue: no answer")
 
 
 @pytest.fixture
@@ -134,10 +130,107 @@ def test_the_last_job_writes_the_table_and_ends_as_the_cells_did(
     code, state, said = ends()
     assert (code, state) == (1, "failed") and "cells   1: 1 failed" in said and "no luck" in said
     assert f"report: {folder.report}" in said and folder.report.is_file()
-    folder.record(failed).unlink()
-    monkeypatch.setattr(slurm, "queue", silent)
-    code, state, said = ends()
-    assert (code, state) == (1, "waiting") and "unknown: squeue: no answer" in said
+
+
+SILENT = "Unable to contact slurm controller (connect failure)"
+SQUEUE = f"""#!/bin/sh
+here=$(dirname "$0")
+echo >> "$here/calls"
+answer=$here/$(wc -l < "$here/calls")
+[ -e "$answer" ] || answer=$here/last
+if [ -s "$answer" ]; then cat "$answer"; else echo "slurm_load_jobs error: {SILENT}" >&2; exit 1; fi
+"""
+Squeue = Callable[..., Path]
+
+
+@pytest.fixture
+def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Squeue:
+    """squeue(answers) puts a squeue into PATH that gives these, the last for ever; None: it cannot tell."""
+
+    def make(*answers: list[str] | None) -> Path:
+        here = tmp_path / "squeue"
+        here.mkdir()
+        for place, names in enumerate(answers, 1):
+            rows = [("7", "7", "N/A", "PENDING", "None", name, str(tmp_path / "sweep")) for name in names or ()]
+            text = "".join(f"{slurm.UNIT.join(row)}{slurm.RECORD}\n" for row in rows) or "\n"
+            (here / ("last" if place == len(answers) else str(place))).write_text("" if names is None else text)
+        (here / "squeue").write_text(SQUEUE)
+        (here / "squeue").chmod(0o755)
+        monkeypatch.setenv("PATH", str(here), prepend=os.pathsep)
+        return here / "calls"
+
+    return make
+
+
+@pytest.fixture
+def passed(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that have passed, by sleeping alone."""
+    total = [0.0]
+
+    def sleep(seconds: float) -> None:
+        total[0] += seconds
+
+    clock = SimpleNamespace(monotonic=lambda: total[0], sleep=sleep, strftime=time.strftime)
+    monkeypatch.setattr(overview, "time", clock)
+    return total
+
+
+QUEUED = ["hpcguard-refine-0001-0"]
+
+
+def test_who_follows_a_sweep_asks_again_where_slurm_does_not_answer(
+    submitted: Callable[..., SweepFolder], squeue: Squeue, passed: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = squeue(QUEUED, None, None, QUEUED, [])
+    state = overview.follow(submitted(), 5.0)
+    assert len(calls.read_text()) == 5 and state["slurm"] == {"tasks": 0, "problem": ""}
+    said = capsys.readouterr().out
+    assert said.count(SILENT) == 1 and "asked again, for up to 10 min" in said
+    told = [line.split(" ", 1)[1] for line in said.splitlines() if "cells" in line]
+    assert told == [
+        "cells 1: 1 queued; jobs 2: 2 queued", "cells 1: 1 waiting; jobs 2: 2 waiting; what Slurm has is unknown",
+        "cells 1: 1 queued; jobs 2: 2 queued", "cells 1: 1 waiting; jobs 2: 2 waiting",
+    ]  # fmt: skip
+
+
+def test_its_patience_ends_and_begins_again_with_every_answer(
+    submitted: Callable[..., SweepFolder], squeue: Squeue, passed: list[float]
+) -> None:
+    squeue(*[None] * 9, QUEUED, *[None] * 9, QUEUED, None)
+    with pytest.raises(InputError, match="Unable to contact"):
+        overview.follow(submitted(), 60.0)
+    assert passed[0] == (9 + 1 + 9 + 10) * 60.0
+
+
+def test_what_is_seen_to_run_is_followed_without_slurm(
+    submitted: Callable[..., SweepFolder], squeue: Squeue, passed: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may run here by now, where there is no Slurm."""
+    squeue(None)
+    folder = submitted()
+    running, sleep = ExitStack(), overview.time.sleep
+    running.enter_context(claimed(folder.lock(next(iter(read_plan(folder)[0].jobs)))))
+
+    def until_an_hour(seconds: float) -> None:
+        sleep(seconds)
+        if passed[0] >= 3600:
+            running.close()
+
+    monkeypatch.setattr(overview.time, "sleep", until_an_hour)
+    with pytest.raises(InputError, match="Unable to contact"):
+        overview.follow(folder, 60.0)
+    assert passed[0] == 3600 - 60 + 600
+
+
+def test_the_last_job_has_not_ended_well_where_slurm_does_not_tell(
+    submitted: Callable[..., SweepFolder], squeue: Squeue, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = submitted()
+    squeue(None)
+    with pytest.raises(SystemExit) as ended:
+        slurm_task.report_task(1)
+    assert ended.value.code == 1 and folder.table.is_file()
+    assert "slurm   unknown: squeue" in capsys.readouterr().out
 
 
 def test_a_task_whose_sweep_has_other_jobs_by_now_says_so(submitted: Callable[..., SweepFolder]) -> None:
@@ -178,35 +271,9 @@ def test_jobs_in_the_queue_are_known_by_the_names_of_their_tasks(
     )  # not the last job
     assert seen.problem == ""
 
-    assert has_last_job(folder)
-    monkeypatch.setattr(slurm, "queue", lambda: [queued("8", None, "hpcguard-attribute-0001-2", folder.path)])
-    assert not has_last_job(folder)
+    def silent() -> list[slurm.QueuedJob]:
+        raise InputError("squeue: no answer")
+
     monkeypatch.setattr(slurm, "queue", silent)
     assert look(folder, ["refine-a"]).problem == "squeue: no answer"
-
-
-def test_who_waits_goes_on_asking_a_slurm_that_is_silent(
-    submitted: Callable[..., SweepFolder], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = submitted()
-    answers = iter([silent, silent, list])
-    monkeypatch.setattr(slurm, "queue", lambda: next(answers)())
-    assert follow(folder, 0.0)["cells"][0]["state"] == "waiting"
-    assert list(answers) == []
-    assert capsys.readouterr().out.count("slurm unknown: squeue: no answer") == 1
-    monkeypatch.setattr(slurm, "queue", silent)
-    monkeypatch.setattr(overview, "PATIENCE_S", -1.0)
-    with pytest.raises(InputError, match=r"squeue: no answer; .*hpcguard status"):
-        follow(folder, 0.0)
-
-
-def test_what_never_began_is_held_up_by_what_failed_in_its_task(submitted: Callable[..., SweepFolder]) -> None:
-    folder = submitted()
-    graph, _, _ = read_plan(folder)
-    (cell,) = graph.cells
-    seen = Seen(ended=dict.fromkeys(graph.jobs, "its task 7_0 ended as FAILED"))
-    write_json(folder.record(cell.refine), {"status": 1, "seconds": 0.5, "why": "no luck", "log": "x.log"})
-    states = states_with(folder, graph, set(graph.jobs) - {cell.refine, cell.evaluate}, seen)
-    assert (states[cell.refine], states[cell.evaluate]) == ("failed", "held up")
-    assert cell_states(graph, states) == [("failed", cell.refine)]
     assert look(folder, []).problem == ""  # all is done: nobody is asked
