@@ -1,9 +1,9 @@
 """A sweep: a base configuration, and what its cells change in it."""
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import OmegaConf
 from pydantic import Field, ValidationError, model_validator
 
 from hpcguard.config.explain import explain
@@ -13,6 +13,7 @@ from hpcguard.config.section import Section
 from hpcguard.errors import InputError
 
 RESOLVED = "sweep.yaml"  # in a sweep's folder: the sweep as it was last started there
+LARGEST = 10**18  # whole numbers from here on do not fit the table's columns
 
 
 class RangeConfig(Section):
@@ -54,7 +55,7 @@ class SweepConfig(Section):
     """Combinations to leave out: {axis: value, ...} leaves out all cells that have these."""
     cells: list[dict[str, Any]] = []
     """More cells, each {axis or key: value, ...}, with a name of their own under `name` where that helps."""
-    seeds: list[int] | dict[str, Any] = []
+    seeds: list[Any] | dict[str, Any] = []
     """Every cell is done with each of these, a list or a range; none: the base's seed alone."""
     seed_keys: list[str] = Field(["refinement.seed"], min_length=1)
     """Keys that take the seed. With refinement.seed alone, stores are shared between the seeds."""
@@ -78,6 +79,10 @@ def load_sweep(source: Path, overrides: list[str]) -> tuple[SweepConfig, Config]
         what = f"holds no {RESOLVED}, so it is no sweep's folder" if source.is_dir() else "no such file"
         raise InputError(f"{source}: {what}; give a sweep such as configs/sweeps/components_small.yaml, or its folder")
     values = read_yaml(path)
+    try:
+        check_plain(values, str(path), labels=True)
+    except RecursionError as error:
+        raise InputError(f"{path}: nested too deeply; write it without anchors that hold themselves") from error
     if source.is_dir():
         values["run"] = str(source)
     own = [each for each in overrides if each.split("=")[0].split(".")[0] in SweepConfig.model_fields]
@@ -90,9 +95,42 @@ def load_sweep(source: Path, overrides: list[str]) -> tuple[SweepConfig, Config]
             f"{path}: base and config are both empty; name a configuration in base, or write one in config"
         )
     base = load_config(sweep.base).model_dump(mode="json", exclude_unset=True) if sweep.base else {}
-    combined = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(base), OmegaConf.create(sweep.config)))
-    assert isinstance(combined, dict)
-    changed = with_overrides(
-        {str(key): value for key, value in combined.items()}, [each for each in overrides if each not in own], path
-    )
+    combined = _combined(base, sweep.config, f"{path}: config")
+    changed = with_overrides(combined, [each for each in overrides if each not in own], path)
     return sweep, validated(changed, path)
+
+
+def _combined(base: dict[str, Any], changes: dict[str, Any], where: str) -> dict[str, Any]:
+    """`base` with the keys that `changes` names, section by section."""
+    combined = dict(base)
+    for key, value in changes.items():
+        held, place = combined.get(key), f"{where}.{key}"
+        if isinstance(held, dict) and isinstance(value, dict):
+            combined[key] = _combined(held, value, place)
+        elif isinstance(held, dict) and value is not None:
+            raise InputError(f"{place} = {value!r}: write the keys that change, as in {key}: {{key: value}}")
+        else:
+            combined[key] = value
+    return combined
+
+
+def check_plain(value: Any, where: str, labels: bool = False) -> None:
+    """InputError unless a value is null, a truth value, a finite number, text, or lists and mappings of these.
+
+    labels: keys may be numbers and truth values too, for they may be an axis' labels.
+    """
+    if isinstance(value, dict):
+        for key, each in value.items():
+            if not isinstance(key, str) and not (labels and isinstance(key, int | float)):
+                raise InputError(f"{where}: the key {key!r} is no text; write the name of a key, or put it in quotes")
+            check_plain(each, f"{where}.{key}", labels)
+    elif isinstance(value, list):
+        for place, each in enumerate(value):
+            check_plain(each, f"{where}[{place}]", labels)
+    elif isinstance(value, int | float):
+        if not math.isfinite(value) if isinstance(value, float) else abs(value) >= LARGEST:
+            told = value if isinstance(value, float) else "a number of more than 18 digits"
+            raise InputError(f"{where} = {told}: write a finite number below {LARGEST:.0e}, or put it in quotes")
+    elif value is not None and not isinstance(value, str):
+        kind = type(value).__name__
+        raise InputError(f"{where} = {value}: a {kind}; write a number, a list, a mapping, or text in quotes")

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from hpcguard.config.evaluation import ATTACKS
 from hpcguard.config.explain import explain
-from hpcguard.config.sweep import RangeConfig
+from hpcguard.config.sweep import RangeConfig, check_plain
 from hpcguard.errors import InputError
 from hpcguard.runs import flatten
 
@@ -38,10 +38,12 @@ def options_of(name: str, given: Any, where: str) -> list[Option]:
         options = [Option({name: label(key)}, _changes(value, f"{where}.{label(key)}")) for key, value in given.items()]
     else:
         check_key(name, where)
-        listed = spread(given["range"], where) if isinstance(given, dict) else given
+        listed = ranged(given, where) if isinstance(given, dict) else given
         if not isinstance(listed, list):
             raise InputError(f"{where} = {given!r}: write a list, {{range: ...}}, or {{label: {{key: value}}, ...}}")
-        options = [Option({name: value}, leaves(name, value)) for value in listed]
+        options = [
+            Option({name: value}, leaves(name, value, f"{where}[{place}]")) for place, value in enumerate(listed)
+        ]
     if not options:
         raise InputError(f"{where}: has no values; write some, or leave the axis out")
     check_once([option.values[name] for option in options], where)
@@ -77,32 +79,53 @@ def shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def ranged(given: Mapping[str, Any], where: str) -> list[Any]:
+    """Values of {range: {...}}."""
+    if set(given) != {"range"}:
+        raise InputError(
+            f"{where} = {given}: write {{range: {{start, stop, step or count}}}} alone"
+        )
+    return spread(given["range"], where)
+
+
 def spread(given: Any, where: str) -> list[Any]:
     """Values of a range, both ends included, whole where they can be."""
-    try:
-        asked = RangeConfig.model_validate(given)
-    except ValidationError as error:
-        raise InputError(explain(error, RangeConfig, f"{where}.range")) from error
+    asked = _range(given, f"{where}.range")
     start, stop = asked.start, asked.stop
-    if asked.step is not None:
-        count, step = math.floor((stop - start) / asked.step + 1e-9) + 1, asked.step
-    else:
-        count = asked.count or 0
-        step = (stop - start) / (count - 1)
-    if not 1 <= count <= MOST:
-        raise InputError(f"{where}.range = {given}: gives {max(count, 0)} values; write from 1 to {MOST:,}")
+    steps = (stop - start) / asked.step if asked.step is not None else (asked.count or 0) - 1
+    if not 0 <= steps + 1e-9 < MOST:
+        raise InputError(
+            f"{where}.range = {given}: gives {0 if steps < 0 else 'too many'} values; write from 1 to {MOST:,}"
+        )
+    width = stop / start if asked.scale == "log" else stop - start
+    if not math.isfinite(width) or (asked.scale == "log" and not width):
+        raise InputError(f"{where}.range = {given}: start and stop are too far apart to count with; bring them closer")
+    count = math.floor(steps + 1e-9) + 1
     if asked.scale == "log":
-        values = [start * (stop / start) ** (k / (count - 1)) for k in range(count)]
+        values = [start * width ** (k / (count - 1)) for k in range(count)]
     else:
+        step = width / (count - 1) if asked.step is None else asked.step
         values = [start + k * step for k in range(count)]
     rounded = [float(f"{value:.12g}") for value in values]  # 0.3, not 0.30000000000000004
     whole = isinstance(start, int) and isinstance(stop, int) and all(value.is_integer() for value in rounded)
     return [int(value) for value in rounded] if whole else list(rounded)
 
 
-def leaves(key: str, value: Any) -> dict[str, Any]:
+def _range(given: Any, where: str) -> RangeConfig:
+    check_plain(given, where)
+    try:
+        return RangeConfig.model_validate(given)
+    except ValidationError as error:
+        raise InputError(explain(error, RangeConfig, where)) from error
+
+
+def leaves(key: str, value: Any, where: str) -> dict[str, Any]:
     """A change as its single keys, so that a mapping changes what it names and leaves the rest."""
-    return flatten({key: value})
+    check_plain(value, where)
+    single = flatten({key: value})
+    for leaf in single:
+        check_key(leaf, where)
+    return single
 
 
 def _changes(given: Any, where: str) -> dict[str, Any]:
@@ -110,14 +133,18 @@ def _changes(given: Any, where: str) -> dict[str, Any]:
         raise InputError(
             f"{where} = {given!r}: write what the label changes, {{refinement.masking.weight: 0}}, or {{}}"
         )
-    for key in given:
-        check_key(str(key), where)
-    return {leaf: each for key, value in given.items() for leaf, each in leaves(str(key), value).items()}
+    check_plain(given, where)
+    return {leaf: each for key, value in given.items() for leaf, each in leaves(key, value, where).items()}
 
 
 def check_key(key: str, where: str) -> None:
     """InputError unless a cell may change the key."""
     first = key.split(".")[0]
+    if key == "data.root":
+        raise InputError(
+            f"{where}: data.root is no axis, for it says where images lie, not which; make a sweep of each, with its "
+            "own run, and set data.root in config"
+        )
     if key == ROUNDS or first in SECTIONS:
         return
     if first == "evaluation":

@@ -3,11 +3,11 @@
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hpcguard.config.sweep import SweepConfig
+from hpcguard.config.sweep import SweepConfig, check_plain
 from hpcguard.errors import InputError
 from hpcguard.sweeps.axes import (
     MOST,
@@ -18,8 +18,8 @@ from hpcguard.sweeps.axes import (
     label,
     leaves,
     options_of,
+    ranged,
     shown,
-    spread,
     zipped,
 )
 
@@ -53,12 +53,15 @@ def expand(sweep: SweepConfig) -> list[Cell]:
     groups += [zipped(group, f"zip[{place}]") for place, group in enumerate(sweep.zip)]
     seeds = _seeds(sweep)
     _check_apart(groups, sweep.seed_keys if seeds else [])
-    count = math.prod(map(len, groups)) * max(1, len(seeds))
+    count = ((math.prod(map(len, groups)) if groups else 0) + len(sweep.cells)) * max(1, len(seeds))
     if count > MOST:
         raise InputError(f"axes: {count:,} cells are more than {MOST:,}; make several sweeps of them")
     points = [joined(options) for options in itertools.product(*groups)] if groups else []
     points = _without(points, sweep.exclude)
-    points += [_explicit(cell, groups, f"cells[{place}]") for place, cell in enumerate(sweep.cells)]
+    explicit = [_explicit(cell, groups, f"cells[{place}]") for place, cell in enumerate(sweep.cells)]
+    for place, cell in enumerate(explicit if seeds else []):
+        _check_no_overlap(cell.changes, sweep.seed_keys, f"cells[{place}]", "seeds")
+    points += explicit
     if not points:
         raise InputError("no cell is left: write axes or cells, and exclude fewer of them")
     cells = [
@@ -79,7 +82,10 @@ def _seeds(sweep: SweepConfig) -> list[Any]:
     if isinstance(sweep.seeds, list):
         seeds: list[Any] = list(sweep.seeds)
     else:
-        seeds = spread(sweep.seeds.get("range"), "seeds")
+        seeds = ranged(sweep.seeds, "seeds")
+    for seed in seeds:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise InputError(f"seeds: {seed!r} is no seed; write whole numbers from 0 to {2**32 - 1}, as in [0, 1, 2]")
     check_once(seeds, "seeds")
     return seeds
 
@@ -92,9 +98,13 @@ def _check_apart(groups: list[Group], seed_keys: list[str]) -> None:
     owners += [(set(seed_keys), "seeds")] if seed_keys else []
     check_once([name for group in groups for name in group[0].values], "axes and zip")
     for (one, first), (other, second) in itertools.combinations(owners, 2):
-        for key, against in itertools.product(one, other):
-            if key == against or key.startswith(f"{against}.") or against.startswith(f"{key}."):
-                raise InputError(f"{key} is set by {first} and by {second}; let one of them set it")
+        _check_no_overlap(one, other, first, second)
+
+
+def _check_no_overlap(one: Iterable[str], other: Iterable[str], first: str, second: str) -> None:
+    for key, against in itertools.product(one, other):
+        if key == against or key.startswith(f"{against}.") or against.startswith(f"{key}."):
+            raise InputError(f"{key} is set by {first} and by {second}; let one of them set it")
 
 
 def _without(points: list[Option], excluded: list[dict[str, Any]]) -> list[Option]:
@@ -121,6 +131,7 @@ def _explicit(given: Mapping[str, Any], groups: list[Group], where: str) -> Opti
         options = [option for group in groups for option in group if name in option.values]
         labelled = options and all(name not in option.changes for option in options)
         if name == "name":
+            check_plain(value, f"{where}.name")
             values[name] = value
         elif labelled and (fitting := [option for option in options if same(option.values[name], value)]):
             values[name] = fitting[0].values[name]
@@ -129,9 +140,8 @@ def _explicit(given: Mapping[str, Any], groups: list[Group], where: str) -> Opti
             labels = ", ".join(dict.fromkeys(shown(option.values[name]) for option in options))
             raise InputError(f"{where}.{name} = {value}: one of {labels}")
         else:
-            check_key(name, where)
             values[name] = value
-            changes |= leaves(name, value)
+            changes |= leaves(name, value, where)
     return Option(values, changes)
 
 
