@@ -82,9 +82,7 @@ def shown(value: Any) -> str:
 def ranged(given: Mapping[str, Any], where: str) -> list[Any]:
     """Values of {range: {...}}."""
     if set(given) != {"range"}:
-        raise InputError(
-            f"{where} = {given}: write {{range: {{start, stop, step or count}}}} alone"
-        )
+        raise InputError(f"{where} = {given}: write {{range: {{start, stop, step or count}}}} alone")
     return spread(given["range"], where)
 
 
