@@ -97,7 +97,7 @@ def plan_jobs(folder: Path, base: Config, cells: list[Cell]) -> Graph:
 
 class _Builder:
     def __init__(self, folder: Path, base: Config) -> None:
-        self.folder, self.base, self.resolver = folder, base, Resolver(base)
+        self.folder, self.resolver = folder, Resolver(base)
         self.cells: list[Planned] = []
         self.jobs: dict[str, Job] = {}
         self.inputs: dict[str, Inputs] = {}
@@ -187,8 +187,6 @@ class _Builder:
     def _refine(self, settings: Settings, training: Part, explained: _Weights | None) -> str:
         guided, start = training.section.guided, training.section.start == "baseline"
         depends = [settings.data.digest, settings.model.digest, training.digest]
-        if settings.data.section.validation:
-            depends.append(str(self.base.validation_eps(training.section)))  # the best epoch is chosen by it
         needs: tuple[str, ...] = ()
         if guided and explained is not None:
             _check_computed(training.section, settings.attribution.section)

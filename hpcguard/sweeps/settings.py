@@ -16,6 +16,7 @@ from hpcguard.errors import InputError
 from hpcguard.runs import digest_file, digest_json
 from hpcguard.sweeps.axes import ROUNDS
 from hpcguard.sweeps.grid import Cell
+from hpcguard.sweeps.listing import listing_digest
 
 KINDS: dict[str, type[Section]] = {
     "data": DataConfig, "model": ModelConfig, "attribution": LimeConfig, "baseline": BaselineConfig,
@@ -47,7 +48,8 @@ class Resolver:
     def __init__(self, base: Config) -> None:
         # What was not written is left out: a key's default may exclude another's being set.
         self._base = base.model_dump(mode="json", exclude_unset=True)
-        self._parts: dict[tuple[str, str], Part] = {}
+        self._validation_eps = base.validation_eps
+        self._parts: dict[tuple[str, str, bool], Part] = {}
 
     def settings(self, cell: Cell) -> Settings:
         """Raises InputError that names the cell, the key and what is allowed."""
@@ -60,7 +62,9 @@ class Resolver:
             else:
                 by_section[section][rest] = value
         try:
-            parts = {name: self._part(name, changes) for name, changes in by_section.items()}
+            data = self._part("data", by_section.pop("data"))
+            split = bool(data.section.validation)
+            parts = {"data": data, **{name: self._part(name, each, split) for name, each in by_section.items()}}
             if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
                 raise InputError(f"rounds = {rounds}: write a whole number from 1")
             if parts["baseline"].section and parts["model"].section.weights:
@@ -69,11 +73,23 @@ class Resolver:
             raise InputError(f"cell {cell.name}: {error}") from error
         return Settings(**parts, rounds=rounds)
 
-    def _part(self, name: str, changes: Mapping[str, Any]) -> Part:
-        key = (name, json.dumps(changes, sort_keys=True))
+    def _part(self, name: str, changes: Mapping[str, Any], split: bool = False) -> Part:
+        """split: whether trainings have a validation split."""
+        key = (name, json.dumps(changes, sort_keys=True), split)
         if key not in self._parts:
-            self._parts[key] = _validated(name, _changed(self._base.get(name), changes))
+            section = _validated(name, _changed(self._base.get(name), changes))
+            if isinstance(section, TrainingConfig):
+                self._parts[key] = training_part(self._with_validation(section, split))
+            else:
+                self._parts[key] = Part(section, _digest(section))
         return self._parts[key]
+
+    def _with_validation(self, training: TrainingConfig, split: bool) -> TrainingConfig:
+        """With the radius of the validation attack written out, as the best epoch is chosen by it, or with none."""
+        if split:
+            return training.model_copy(update={"validation_eps": self._validation_eps(training)})
+        unused = {name: TrainingConfig.model_fields[name].default for name in ("validation_eps", "validation_images")}
+        return training.model_copy(update=unused)
 
 
 def _changed(values: Any, changes: Mapping[str, Any]) -> Any:
@@ -96,17 +112,23 @@ def _copied(values: Any) -> Any:
     return {key: _copied(value) for key, value in values.items()} if isinstance(values, dict) else values
 
 
-def _validated(name: str, values: Any) -> Part:
+def _validated(name: str, values: Any) -> Section | None:
     if name == "baseline" and values is None:
-        return Part(None, "")
+        return None
     kind = KINDS[name]
     try:
-        section = kind.model_validate({} if values is None else values)
+        return kind.model_validate({} if values is None else values)
     except ValidationError as error:
         raise InputError(explain(error, kind, name)) from error
-    if isinstance(section, TrainingConfig):
-        return training_part(section)
-    return Part(section, digest_json(section.identity()))
+
+
+def _digest(section: Section | None) -> str:
+    if section is None:
+        return ""
+    identity = section.identity()
+    if isinstance(section, DataConfig) and section.name == "image-folder":  # the others are the same everywhere
+        identity["files"] = listing_digest(section.root)
+    return digest_json(identity)
 
 
 def training_part(training: TrainingConfig) -> Part:

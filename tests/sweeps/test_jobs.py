@@ -14,6 +14,7 @@ from hpcguard.config.sweep import SweepConfig, load_sweep
 from hpcguard.errors import InputError
 from hpcguard.sweeps.grid import expand, matches
 from hpcguard.sweeps.jobs import Graph, job_config, plan_jobs
+from hpcguard.sweeps.listing import SUFFIXES, images_in
 from hpcguard.sweeps.settings import Resolver
 
 BASE: dict[str, Any] = {"baseline": {"epochs": 3, "engine": "torch"}, "refinement": {"engine": "torch", "epochs": 2}}
@@ -97,6 +98,65 @@ def test_the_bytes_of_given_weights_count_not_their_name(tmp_path: Path) -> None
     files = [str(tmp_path / f"{name}.safetensors") for name in "abc"]
     graph, _ = graph_of(base={}, axes={"model.weights": files})
     assert counts(graph) == {"refine": 2, "attribute": 2, "evaluate": 2}
+
+
+@pytest.mark.parametrize(("split", "trainings"), [(0, 1), (0.2, 3)])
+def test_validation_makes_other_trainings_only_where_there_is_a_split(split: float, trainings: int) -> None:
+    base = {**BASE, "data": {"validation": split}, "evaluation": {"eps": 0.1}}
+    cells = [{"refinement.validation_eps": eps} for eps in (None, 0.1, 0.2)]  # the first two are the same
+    cells += [{"refinement.validation_images": images} for images in (32, 256)]  # and the last is the default
+    graph, config = graph_of(base=base, cells=cells)
+    assert counts(graph) == {"refine": trainings + 1, "attribute": 1, "evaluate": trainings}
+    for name, inputs in graph.inputs.items():
+        if inputs.training is not None:
+            written = config.validation_eps(inputs.training)
+            assert inputs.training.validation_eps == (written if split else None), name
+
+
+def image_folder(root: Path) -> dict[str, Any]:
+    for name, size in (
+        ("train/cat/1.png", 3),
+        ("train/cat/deep/2.JPEG", 4),
+        ("train/dog/1.png", 3),
+        ("test/cat/3.png", 2),
+    ):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x" * size)
+    return {**BASE, "data": {"name": "image-folder", "root": str(root), "size": 32}}
+
+
+def test_other_images_of_a_folder_make_other_jobs_and_moved_ones_do_not(tmp_path: Path) -> None:
+    base = image_folder(tmp_path / "images")
+    first, _ = graph_of(base=base, axes={MASKING: [0.5]})
+    (tmp_path / "images/train/cat/notes.txt").write_text("no image")
+    moved = {**base, "data": {**base["data"], "root": str(tmp_path / "elsewhere")}}
+    (tmp_path / "images").rename(tmp_path / "elsewhere")
+    again, _ = graph_of(base=moved, axes={MASKING: [0.5]})
+    assert again.jobs.keys() == first.jobs.keys()
+    (tmp_path / "elsewhere/test/cat/3.png").write_bytes(b"another picture")
+    changed, _ = graph_of(base=moved, axes={MASKING: [0.5]})
+    assert not changed.jobs.keys() & first.jobs.keys()
+
+
+def test_the_listing_is_of_the_images_that_torchvision_finds(tmp_path: Path) -> None:
+    from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    image_folder(tmp_path)
+    assert set(SUFFIXES) == set(IMG_EXTENSIONS)
+    for part in ("train", "test"):
+        files = {Path(path) for path, _ in ImageFolder(str(tmp_path / part)).samples}
+        assert {tmp_path / name for name, _ in images_in(tmp_path / part)} == files
+
+
+@pytest.mark.parametrize(
+    ("root", "said"), [(None, "data.root must be set"), ("nowhere", "nowhere/train: no such folder")]
+)
+def test_an_image_folder_that_is_not_there_is_refused_while_planning(root: str | None, said: str) -> None:
+    base = {**BASE, "data": {"name": "image-folder", "root": root, "size": 32}}
+    with pytest.raises(InputError, match=said):
+        graph_of(base=base, axes={MASKING: [0.5]})
 
 
 def test_a_baseline_that_is_a_cell_too_is_trained_once() -> None:
